@@ -1,0 +1,1 @@
+"""Numbers only: grids, rounding, packed parts, plans, the column sweep.  Needs torch alone."""

@@ -1,0 +1,135 @@
+"""Factor an input Hessian for the column sweep, climbing a ladder of rescues when it is singular.
+
+With J the reversal of rows, J H J = L L^T gives U = J L^-1 J, upper, with H^-1 = U^T U: one
+Cholesky and one triangular inverse, and the ill-conditioned inverse itself is never formed.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LEAF = 128  # triangular inverses up to this size go to LAPACK directly
+
+
+class Factor(NamedTuple):
+    """inner [in, in]: upper U with H^-1 = U^T U, H damped and in the sweep's column order."""
+
+    inner: Tensor
+
+
+class Damping(NamedTuple):
+    """What it took to factor H: to be counted in the report.
+
+    damp: share of the mean live diagonal that was added; floor: further share of the largest
+    diagonal; fallbacks: rungs climbed beyond the first try; dead: inputs never seen (diagonal 0);
+    rung: "cholesky", "damped", "floor", "float64", or why there is no factor: "not finite",
+    "not positive".
+    """
+
+    damp: float
+    floor: float
+    fallbacks: int
+    dead: int
+    rung: str
+
+
+def dead_columns(hessian: Tensor) -> Tensor:
+    """BoolTensor [in]: inputs that were always 0 in the calibration data (diagonal <= 0)."""
+    return hessian.diagonal() <= 0
+
+
+def damped_factor(
+    hessian: Tensor, damp: float = 0.01, *, order: Tensor | None = None
+) -> tuple[Factor | None, Damping]:
+    """Factor H [in, in] float32 plus damping; H is not changed.
+
+    damp: share of the mean diagonal of the live columns added to the diagonal, doubled up to 1 on
+    failure; then 1 with a floor of 1e-6 ... 1 of the largest diagonal; then the same in float64.
+    Dead columns (diagonal <= 0) are cut off from the others and get the mean diagonal.
+    order: LongTensor [in], the sweep's column order, applied to H first.
+    None as factor: not finite, or no rung was enough; the caller rounds to nearest.
+    float32 is tried first: with damping of 1e-2 the condition number is below 100 * in, far from
+    1e7, so float64 matters only where float32 fails.
+    """
+    assert hessian.dim() == 2, hessian.shape
+    assert hessian.shape[0] == hessian.shape[1], hessian.shape
+    assert damp >= 0, damp
+    if not _finite(hessian):
+        return None, Damping(damp, 0.0, 1, 0, "not finite")
+    H, mean, dead = _prepared(hessian, order)
+    peak = float(H.diagonal().max())
+    fallbacks = 0
+    for dtype in (torch.float32, torch.float64):
+        for share, floor in _ladder(damp):
+            inner = _inverse_factor(H.to(dtype, copy=True), share * mean + floor * peak)
+            if inner is not None:
+                rung = "float64" if dtype == torch.float64 else "floor" if floor else "damped"
+                rung = rung if fallbacks else "cholesky"
+                return Factor(inner.float()), Damping(share, floor, fallbacks, dead, rung)
+            fallbacks += 1
+    return None, Damping(damp, 0.0, fallbacks, dead, "not positive")
+
+
+def _prepared(hessian: Tensor, order: Tensor | None) -> tuple[Tensor, float, int]:
+    """Symmetric, ordered float32 copy with dead columns cut off; mean live diagonal; dead count."""
+    H = hessian.float()
+    H = (H + H.T).mul_(0.5)
+    dead = dead_columns(H)
+    count = int(dead.sum())
+    live = len(H) - count
+    mean = float(H.diagonal()[~dead].double().mean()) if live else 1.0
+    if count:
+        H[dead] = 0.0
+        H[:, dead] = 0.0
+        H.diagonal()[dead] = mean
+    if order is not None:
+        H = H[order][:, order]
+    return H, mean, count
+
+
+def _ladder(damp: float) -> list[tuple[float, float]]:
+    """(share of the mean, share of the peak) to add, one after the other."""
+    shares = [damp]
+    step = damp or 1e-4
+    while shares[-1] < 1:
+        shares.append(min(1.0, 2 * shares[-1] or step))
+    return [(share, 0.0) for share in shares] + [(1.0, 10.0**power) for power in range(-6, 1)]
+
+
+def _inverse_factor(H: Tensor, added: float) -> Tensor | None:
+    """Upper U with (H + added I)^-1 = U^T U, or None; overwrites H."""
+    H.diagonal().add_(added)
+    lower, info = torch.linalg.cholesky_ex(H.flip(0, 1))
+    if int(info) != 0:
+        return None
+    inner = _triangular_inverse(lower).flip(0, 1)
+    usable = _finite(inner.float()) and float(inner.diagonal().min()) > 0
+    return inner.contiguous() if usable else None
+
+
+def _finite(matrix: Tensor) -> bool:
+    """True if no element is infinite or NaN: one sum, where isfinite writes a matrix first."""
+    return bool(matrix.sum(dtype=torch.float64).isfinite())
+
+
+def _triangular_inverse(lower: Tensor) -> Tensor:
+    """Inverse of lower [n, n] by halves: matrix products run faster than one triangular solve."""
+    inverse = torch.zeros_like(lower)
+    _invert_into(inverse, lower)
+    return inverse
+
+
+def _invert_into(inverse: Tensor, lower: Tensor) -> None:
+    size = len(lower)
+    if size <= LEAF:
+        eye = torch.eye(size, dtype=lower.dtype, device=lower.device)
+        inverse.copy_(torch.linalg.solve_triangular(lower, eye, upper=False))
+        return
+    half = size // 2
+    _invert_into(inverse[:half, :half], lower[:half, :half])
+    _invert_into(inverse[half:, half:], lower[half:, half:])
+    corner = inverse[half:, half:] @ lower[half:, :half] @ inverse[:half, :half]
+    inverse[half:, :half] = corner.neg_()

@@ -1,0 +1,200 @@
+"""Plan: which grid every linear gets, what that costs exactly, and the text form of a budget."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+from aptq.core.grid import Grid
+
+Shapes = dict[str, tuple[int, int]]  # full layer name -> (out, in)
+
+VERSION = 1
+KEEP = "keep"  # text form of a target without parts
+
+
+@dataclass(frozen=True, slots=True)
+class PartSpec:
+    """What one part of a compressed weight will be."""
+
+    grid: Grid
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What one linear shall become: the sum of these parts, or itself if there are none."""
+
+    parts: tuple[PartSpec, ...] = ()
+
+    @property
+    def kept(self) -> bool:
+        """True if the linear stays as it is."""
+        return not self.parts
+
+    @property
+    def grid(self) -> Grid | None:
+        """The grid if there is exactly one part."""
+        return self.parts[0].grid if len(self.parts) == 1 else None
+
+    def nbytes(self, shape: tuple[int, int], itemsize: int = 2) -> int:
+        """Bytes stored for a weight of shape (out, in); itemsize is that of a kept weight."""
+        if self.kept:
+            return itemsize * shape[0] * shape[1]
+        return sum(part.grid.nbytes(shape) for part in self.parts)
+
+    def __str__(self) -> str:
+        return "+".join(str(part.grid) for part in self.parts) or KEEP
+
+    @classmethod
+    def parse(cls, text: str) -> Target:
+        """The inverse of str(target).  Raises ValueError."""
+        if text == KEEP:
+            return cls()
+        return cls(tuple(PartSpec(Grid.parse(grid)) for grid in text.split("+")))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Targets of all linears inside the blocks by full name, and a note on who made the plan."""
+
+    targets: dict[str, Target]
+    made_by: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def uniform(
+        cls, shapes: Mapping[str, tuple[int, int]], grid: Grid, keep: Sequence[str] = ()
+    ) -> Plan:
+        """One grid for all layers but those that match a glob pattern of keep.
+
+        Raises ValueError if a pattern matches no layer.
+        """
+        kept: set[str] = set()
+        for pattern in keep:
+            matched = fnmatch.filter(shapes, pattern)
+            if not matched:
+                _unknown(f"keep pattern {pattern!r} matches no layer", pattern, shapes)
+            kept.update(matched)
+        chosen = Target((PartSpec(grid),))
+        targets = {name: Target() if name in kept else chosen for name in shapes}
+        return cls(targets, {"rule": "uniform", "grid": str(grid)})
+
+    def check(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Raise ValueError unless the plan speaks of exactly these layers."""
+        for name in self.targets:
+            if name not in shapes:
+                _unknown(f"the plan names layer {name!r}, which the model lacks", name, shapes)
+        for name in shapes:
+            if name not in self.targets:
+                _unknown(f"the plan lacks layer {name!r} of the model", name, self.targets)
+
+    def nbytes(self, shapes: Mapping[str, tuple[int, int]], itemsize: int = 2) -> int:
+        """Bytes stored for all layers of the plan; itemsize: bytes of a kept weight's element."""
+        for name in self.targets:
+            if name not in shapes:
+                _unknown(f"the plan names layer {name!r}, which the model lacks", name, shapes)
+        return sum(target.nbytes(shapes[name], itemsize) for name, target in self.targets.items())
+
+    def bits(self, shapes: Mapping[str, tuple[int, int]], itemsize: int = 2) -> float:
+        """Stored bits for each weight, over all layers of the plan, kept ones included."""
+        total = self.nbytes(shapes, itemsize)
+        weights = sum(shapes[name][0] * shapes[name][1] for name in self.targets)
+        return 8 * total / weights if weights else 0.0
+
+    def to_json(self) -> dict[str, object]:
+        """Compact form: {"grids": [text of a target, ...], "targets": {layer: index}}."""
+        texts = {name: str(target) for name, target in self.targets.items()}
+        grids = list(dict.fromkeys(texts.values()))
+        index = {text: position for position, text in enumerate(grids)}
+        return {"grids": grids, "targets": {name: index[text] for name, text in texts.items()}}
+
+    @classmethod
+    def from_json(cls, data: object) -> Plan:
+        """The inverse of to_json (made_by is not part of it).  Raises ValueError."""
+        fields = _closed(data, {"grids": list, "targets": dict})
+        grids, targets = fields["grids"], fields["targets"]
+        assert isinstance(grids, list)
+        assert isinstance(targets, dict)
+        for entry in grids:
+            if not isinstance(entry, str):
+                _broken(f"grid {entry!r} is not a text")
+        parsed = [Target.parse(entry) for entry in grids]
+        for name, index in targets.items():
+            if type(index) is not int or not 0 <= index < len(parsed):
+                _broken(f"layer {name!r} has grid number {index!r} of {len(parsed)}")
+        return cls({name: parsed[index] for name, index in targets.items()})
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON."""
+        data = {"version": VERSION, "made_by": self.made_by, **self.to_json()}
+        Path(path).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read what save wrote.  Raises ValueError that names the file."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            kinds = {"version": int, "made_by": dict, "grids": list, "targets": dict}
+            fields = _closed(data, kinds)
+            if fields["version"] != VERSION:
+                _broken(f"version {fields['version']}, this program reads version {VERSION}")
+            made_by = fields["made_by"]
+            assert isinstance(made_by, dict)
+            if not all(isinstance(value, str) for value in made_by.values()):
+                _broken("made_by must map texts to texts")
+            plan = cls.from_json({"grids": fields["grids"], "targets": fields["targets"]})
+        except (UnicodeDecodeError, ValueError) as error:  # JSONDecodeError is a ValueError
+            reason = " ".join(str(error).splitlines())
+            raise ValueError(f"not a plan: {path}\n{reason}\nwrite one with `--plan`") from error
+        return cls(plan.targets, made_by)
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """A wanted size: bits for each weight of the blocks' linears, or bytes of the checkpoint."""
+
+    bpw: float | None = None
+    nbytes: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """Read "4bpw", "4.2GiB", "110MB" or "500MiB".  Raises ValueError."""
+        found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)\s*", text)
+        units = {"kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+        unit = found[2].lower() if found else ""
+        value = float(found[1]) if found else 0.0
+        if value <= 0 or unit not in ("bpw", *units):
+            raise ValueError(
+                f"not a budget: {text!r}\na positive number and one of bpw, "
+                f"kB, MB, GB, KiB, MiB, GiB are expected\ntry 4bpw, 110MB or 4.2GiB"
+            )
+        return cls(bpw=value) if unit == "bpw" else cls(nbytes=int(value * units[unit]))
+
+    def __str__(self) -> str:
+        return f"{self.bpw:g}bpw" if self.bpw is not None else f"{self.nbytes} bytes"
+
+
+def _closed(data: object, kinds: Mapping[str, type]) -> dict[str, object]:
+    """data if it is a dict with exactly these keys, each of its kind."""
+    if not isinstance(data, dict) or data.keys() != kinds.keys():
+        found = sorted(map(str, data)) if isinstance(data, dict) else type(data).__name__
+        _broken(f"found {found}, expected exactly the keys {sorted(kinds)}")
+    for key, kind in kinds.items():
+        if type(data[key]) is not kind:
+            _broken(f"{key} is a {type(data[key]).__name__}, expected {kind.__name__}")
+    return data
+
+
+def _unknown(what: str, given: str, known: Mapping[str, object]) -> NoReturn:
+    close = difflib.get_close_matches(given, known, n=3, cutoff=0.3) or list(known)[:3]
+    raise ValueError(f"{what}\namong {len(known)} layers\ndid you mean {', '.join(close)}?")
+
+
+def _broken(detail: str) -> NoReturn:
+    raise ValueError(f"broken plan\n{detail}\nuse a plan.json of a run folder as the model")
