@@ -1,0 +1,260 @@
+"""Model: a causal language model on disk, opened block by block.
+
+The skeleton lives on `meta`; load(i) gives one block real weights and normalises it, unload(i)
+frees it.  Nothing of the source is ever executed or unpickled.
+"""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.initialization import no_init_weights
+
+from aptq.core.plan import Shapes
+from aptq.model.archs import Arch, Group, table_entry
+from aptq.model.layout import Coverage, ResolvedGroup, expand, linears, resolve, uncovered
+from aptq.model.normalise import normalise
+from aptq.model.sources import Source, read_config, refuse
+from aptq.model.sources import resolve as find
+from aptq.model.trace import signature, trace
+from aptq.model.weights import OUTER, Loader, Shards
+
+
+def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The whole module tree of `config` with parameters on meta and real buffers."""
+    with no_init_weights(), init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    assert isinstance(model, PreTrainedModel)
+    model.tie_weights()  # skipped together with the initialisation
+    return model.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """What one kind of block looks like after normalisation."""
+
+    groups: tuple[Group, ...]
+    shapes: dict[str, tuple[int, int]]  # path below the block -> (out, in), in forward order
+    grouped: int
+    kept: int
+
+
+class Model:
+    """A causal language model whose weights stay on disk until their block is due.
+
+    `skeleton` is the transformers model on meta, `shapes` the (out, in) of every linear in the
+    groups of all blocks by full name, `tied` names that share one tensor (target -> source).
+    """
+
+    def __init__(
+        self, source: Source, config: PreTrainedConfig, dtype: torch.dtype, shards: Shards
+    ) -> None:
+        self.source, self.config, self.dtype = source.name, config, dtype
+        self.skeleton = build_skeleton(config, dtype)
+        self._source = source
+        self.arch: Arch = table_entry(config) or trace(self.skeleton, config)
+        self._blocks = self.skeleton.get_submodule(self.arch.blocks)
+        assert isinstance(self._blocks, nn.ModuleList), (self.arch.blocks, type(self._blocks))
+        self._loader = Loader(self.skeleton, shards, self.arch.blocks, dtype)
+        self.tied = self._loader.tied
+        if len(self.tied) < len(self.skeleton.all_tied_weights_keys):
+            self._untie()
+        self._empty: dict[int, nn.Module] = {}
+        self._layouts = self._lay_out()
+        self.shapes: Shapes = {
+            f"{self.block_name(index)}.{path}": shape
+            for index, layout in enumerate(self._layouts)
+            for path, shape in layout.shapes.items()
+        }
+
+    @classmethod
+    def open(
+        cls,
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        dtype: torch.dtype | None = None,
+        cache: Path | None = None,
+    ) -> "Model":
+        """Open a Hugging Face folder, a hub id or a .gguf file; reads headers only.
+
+        `dtype` (default: that of the source) is the dtype of loaded weights and activations,
+        `cache` the folder for converted .gguf files.  Raises ValueError, in three lines, for
+        every source that cannot be compressed correctly.
+        """
+        found = find(source, revision, cache, dtype or torch.bfloat16)
+        config = read_config(found.folder)
+        shards = Shards(found.folder)
+        if dtype is None:
+            dtype = config.dtype or shards.dtype
+        if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            refuse(f"cannot compute in {dtype}", str(found.folder), "pass bf16, fp16 or fp32")
+        return cls(found, config, dtype, shards)
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return len(self._blocks)
+
+    @property
+    def folder(self) -> Path:
+        """The local folder with config.json and safetensors (of a .gguf: the converted one)."""
+        return self._source.folder
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the source; ValueError where it has none."""
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self._source.folder, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"the tokenizer cannot be read\n{self._source.folder}: {reason}\n"
+                "copy the tokenizer files of the model into the folder"
+            ) from error
+        assert isinstance(tokenizer, PreTrainedTokenizerBase)
+        return tokenizer
+
+    def block_name(self, index: int) -> str:
+        """Full name of a block, "model.layers.3"."""
+        return f"{self.arch.blocks}.{index}"
+
+    def files(self) -> list[Path]:
+        """Tokenizer, chat template and generation config of the source, to be carried over."""
+        return self._source.files()
+
+    def groups(self, index: int) -> list[ResolvedGroup]:
+        """The groups of block `index` in forward order, with full names."""
+        return resolve(self._layouts[index].groups, self.block_name(index))
+
+    @cached_property
+    def coverage(self) -> Coverage:
+        """Parameter counts inside groups, elsewhere in blocks, and outside the blocks."""
+        outer = sum(tensor.numel() for _, tensor in self._outer(unique=True))
+        grouped = sum(layout.grouped for layout in self._layouts)
+        return Coverage(grouped, sum(layout.kept for layout in self._layouts), outer)
+
+    def load(self, index: int, device: str | torch.device = "cpu") -> nn.Module:
+        """Block `index`, normalised, with real weights on `device`, in eval mode, without grad.
+
+        On the CPU weights are memory-mapped from the source where their dtype is stored.
+        Raises ValueError for tensors that are damaged, misshapen or not finite.
+        """
+        assert index not in self._empty, f"block {index} is loaded already"
+        block = self._blocks[index]
+        self._empty[index] = copy.deepcopy(block)
+        try:
+            self._loader.load(index, device)
+            _check_finite(self.block_name(index), block)
+            normalise(block, self.arch.joined, self.config, self.block_name(index))
+        except BaseException:
+            self.unload(index)
+            raise
+        ready: nn.Module = block.to(device).eval().requires_grad_(False)
+        return ready
+
+    def unload(self, index: int) -> None:
+        """Put the empty block back; its memory is free when the caller drops it too."""
+        self._blocks[index] = self._empty.pop(index)
+
+    def load_outer(self, device: str | torch.device = "cpu") -> None:
+        """Give everything outside the blocks (embeddings, norm, head, rotary) real tensors."""
+        self._loader.load(OUTER, device)
+        for target, source in self.tied.items():
+            known = [n for n in (target, source) if not self.skeleton.get_parameter(n).is_meta]
+            assert known, (target, source)
+            self._set(target, self.skeleton.get_parameter(known[-1]))
+            self._set(source, self.skeleton.get_parameter(known[-1]))
+        for name, tensor in self._outer():
+            _check_finite_tensor(name, tensor)
+            tensor.requires_grad_(False)
+        for module, name, buffer in self._outer_buffers():
+            module._buffers[name] = buffer.to(device)
+
+    def unload_outer(self) -> None:
+        """Free what load_outer() loaded."""
+        for name, tensor in self._outer():
+            self._set(name, nn.Parameter(tensor.to("meta"), requires_grad=False))
+        for target, source in self.tied.items():
+            self._set(target, self.skeleton.get_parameter(source))
+
+    def outer_names(self) -> list[str]:
+        """Parameters and persistent buffers outside the blocks, tied ones once (by source)."""
+        inside = f"{self.arch.blocks}."
+        names = [n for n in self.skeleton.state_dict() if not n.startswith(inside)]
+        return [name for name in names if name not in self.tied]
+
+    def _outer(self, *, unique: bool = False) -> Iterator[tuple[str, Tensor]]:
+        inside = f"{self.arch.blocks}."
+        for name, tensor in list(self.skeleton.named_parameters(remove_duplicate=unique)):
+            if not name.startswith(inside):
+                yield name, tensor
+
+    def _outer_buffers(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
+        inside = f"{self.arch.blocks}."
+        for path, module in self.skeleton.named_modules():
+            if not f"{path}.".startswith(inside):
+                for name, buffer in list(module.named_buffers(recurse=False)):
+                    yield module, name, buffer
+
+    def _set(self, name: str, parameter: nn.Parameter) -> None:
+        path, _, leaf = name.rpartition(".")
+        setattr(self.skeleton.get_submodule(path), leaf, parameter)
+
+    def _untie(self) -> None:
+        """Different tensors are stored for names that config.json calls tied: believe the file."""
+        for target in self.skeleton.all_tied_weights_keys.keys() - self.tied.keys():
+            tensor = self.skeleton.get_parameter(target)
+            self._set(target, nn.Parameter(torch.empty_like(tensor), requires_grad=False))
+        self.config.tie_word_embeddings = False
+
+    def _lay_out(self) -> list[_Layout]:
+        """One layout a block; blocks of equal structure share it."""
+        known: dict[object, _Layout] = {}
+        layouts = []
+        for index, block in enumerate(self._blocks):
+            key = signature(block)
+            if key not in known:
+                known[key] = self._layout(copy.deepcopy(block), self.block_name(index))
+            layouts.append(known[key])
+        return layouts
+
+    def _layout(self, block: nn.Module, name: str) -> _Layout:
+        normalise(block, self.arch.joined, self.config, name)
+        groups = expand(self.arch.groups, block)
+        uncovered(self.arch, groups, block)
+        present = linears(block)
+        paths = [path for group in groups for path in group.linears.values()]
+        shapes = {p: (present[p].out_features, present[p].in_features) for p in paths}
+        total = sum(tensor.numel() for tensor in block.parameters())
+        grouped = sum(rows * columns for rows, columns in shapes.values())
+        return _Layout(groups, shapes, grouped, total - grouped)
+
+
+def _check_finite(prefix: str, module: nn.Module) -> None:
+    for name, tensor in module.named_parameters(prefix=prefix):
+        _check_finite_tensor(name, tensor)
+
+
+def _check_finite_tensor(name: str, tensor: Tensor) -> None:
+    """Raise ValueError where a weight holds NaN or Inf, also after the cast to the dtype."""
+    # One pass without a mask in memory: NaN spreads to both ends, Inf is one of them.
+    if tensor.numel() and not all(bool(end.isfinite()) for end in tensor.detach().aminmax()):
+        bad = tensor.numel() - int(tensor.isfinite().sum())
+        refuse(
+            f"a weight is not finite in {tensor.dtype}",
+            f"{name}: {bad} of {tensor.numel()} values are NaN or Inf",
+            "repair or download the model again, or choose a dtype with a wider range",
+        )

@@ -1,0 +1,174 @@
+"""Where a model comes from: a folder, a hub id or a .gguf file; and what is refused by name."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from aptq.model.gguf import converted
+
+# Tokenizer, chat template and generation settings, as transformers names them.
+_CARRIED = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "generation_config.json",
+)
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A local folder with config.json and safetensors, and the name that the user gave it."""
+
+    name: str
+    folder: Path
+
+    def files(self) -> list[Path]:
+        """Files that a compressed copy carries over unchanged (tokenizer, template, ...)."""
+        found = {path for pattern in _CARRIED for path in self.folder.glob(pattern)}
+        return sorted(path for path in found if path.is_file())
+
+
+def resolve(
+    source: str | Path,
+    revision: str | None,
+    cache: Path | None,
+    dtype: torch.dtype = torch.bfloat16,  # nearly all models are published in it
+) -> Source:
+    """Find (download, convert) the folder of a model; `dtype` is what a .gguf is converted to.
+
+    Raises ValueError, in three lines, where there is no model or no network for a hub id.
+    """
+    name, path = str(source), Path(source).expanduser()
+    if path.suffix == ".gguf" or path.is_file():
+        if not path.is_file():
+            refuse("there is no such file", name, "give the path of a .gguf file")
+        if path.suffix != ".gguf":
+            refuse("this file is no model", name, "give a Hugging Face folder or a .gguf file")
+        return Source(path.stem, converted(path, cache, dtype))
+    if not path.is_dir():
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            refuse("there is no such folder", name, "give a Hugging Face folder or a .gguf file")
+        path = _download(name, revision)
+    _check_folder(path)
+    return Source(name, path)
+
+
+def refuse(what: str, where: str, instead: str) -> NoReturn:
+    """The one form of every message to the user: what, where, what to do."""
+    raise ValueError(f"{what}\n{where}\n{instead}")
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The config of a plain, unquantized causal language model of a family in transformers.
+
+    Raises ValueError by name for remote code, quantized sources and anything that is no
+    decoder-only language model.
+    """
+    path = folder / "config.json"
+    try:
+        raw: dict[str, Any] = json.loads(path.read_text())
+        model_type = raw["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        refuse("config.json is missing or no JSON", f"{path}: {error!r}", "copy the file again")
+    method = raw.get("quantization_config")
+    if method is not None:
+        kind = method.get("quant_method", "unknown") if isinstance(method, dict) else method
+        refuse(
+            f"the model is already quantized ({kind})",
+            f"{path}: quantization_config",
+            "start from the original bf16, fp16 or fp32 model",
+        )
+    native = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    _check_remote(path, raw, native)
+    if model_type not in CONFIG_MAPPING_NAMES:
+        refuse(
+            f"model type {model_type!r} is unknown to the installed transformers",
+            str(path),
+            "install a version of transformers that has this family",
+        )
+    _check_causal(path, raw, native)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    assert isinstance(config, PreTrainedConfig)
+    return config
+
+
+def _classes(names: Any) -> set[str]:
+    """The mapping of transformers holds one class name or a tuple of them."""
+    return {names} if isinstance(names, str) else set(names or ())
+
+
+def _check_remote(path: Path, raw: dict[str, Any], native: Any) -> None:
+    """Code in the model's folder is never run; it may stay where transformers' own class of the
+    same name is meant (many folders keep the file from before their family was adopted)."""
+    remote = raw.get("auto_map")
+    if not remote:
+        return
+    entry = str(remote.get("AutoModelForCausalLM", "")) if isinstance(remote, dict) else ""
+    if entry.rpartition(".")[2] not in _classes(native):
+        refuse(
+            "the model needs code from its own folder, which is never run",
+            f"{path}: auto_map {entry or remote}",
+            "use a copy of the model for a family that transformers itself contains",
+        )
+
+
+def _check_causal(path: Path, raw: dict[str, Any], native: Any) -> None:
+    architectures = set(raw.get("architectures") or ()) or _classes(native)
+    if raw.get("is_encoder_decoder") or not architectures & _classes(native):
+        found = ", ".join(sorted(architectures)) or raw["model_type"]
+        refuse(
+            "this is no decoder-only causal language model",
+            f"{path}: {found} ({raw['model_type']})",
+            "give a model of a ...ForCausalLM class",
+        )
+    parts = [key for key in ("vision_config", "audio_config") if raw.get(key)]
+    if parts:
+        refuse(
+            f"model type {raw['model_type']!r} has more than a language model",
+            f"{path}: {', '.join(parts)}",
+            "give the text-only model of the family",
+        )
+
+
+def _check_folder(folder: Path) -> None:
+    if any(folder.glob("model.safetensors*")):
+        return
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if pickles:
+        refuse(
+            "the weights are Python pickles, which can run code and are never read",
+            f"{folder}: {', '.join(pickles[:5])}",
+            "convert them to safetensors on a machine where you trust them, or use another copy",
+        )
+    ggufs = sorted(path.name for path in folder.glob("*.gguf"))
+    instead = f"give {folder / ggufs[0]}" if ggufs else "give a folder with model.safetensors"
+    refuse("the folder holds no weights", f"{folder}: no model.safetensors", instead)
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "model*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{name!r} is no folder here and could not be fetched from the hub\n"
+            f"revision {revision or 'main'}: {reason}\n"
+            "give a local folder, or check the name and the network"
+        ) from error

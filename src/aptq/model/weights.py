@@ -1,0 +1,250 @@
+"""The stored tensors of a model folder, and how transformers maps them onto one block.
+
+Shards are memory-mapped: reading a tensor costs file cache, no second copy in memory.
+"""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging
+
+OUTER = -1  # the index under which everything outside the blocks is loaded
+# Buffers that old checkpoints still carry and current modules compute themselves.
+_OBSOLETE = re.compile(r"(rotary_emb\.inv_freq|attn\.bias|attention\.bias|masked_bias)$")
+_FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+def listed(names: Iterable[str], most: int = 5) -> str:
+    """The first names and how many more there are."""
+    names = sorted(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+class Shards:
+    """All safetensors files of a folder, opened and cross-checked against the index.
+
+    `shapes` and `dtypes` hold what the headers say.  Raises ValueError for a missing, cut or
+    hostile file and for an index that disagrees with the files.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
+        self._open: dict[str, Any] = {}
+        index = folder / "model.safetensors.index.json"
+        if index.exists():
+            self._read_index(index)
+        else:
+            self._read_shard(folder / "model.safetensors")
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of the first floating tensor; None where there is none."""
+        kinds = (_FLOATS[kind] for kind in self.dtypes.values() if kind in _FLOATS)
+        return next(kinds, None)
+
+    def slice(self, name: str) -> Any:
+        """A lazy slice of a stored tensor; [...] reads it."""
+        return self._open[name].get_slice(name)
+
+    def read(self, name: str) -> Tensor:
+        """The stored tensor, memory-mapped."""
+        tensor: Tensor = self._open[name].get_tensor(name)
+        return tensor
+
+    def _read_index(self, index: Path) -> None:
+        try:
+            where: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"cannot read the list of shards\n{index}: {error!r}\ncopy the file again"
+            ) from error
+        for shard in sorted(set(where.values())):
+            inside = {name for name, file in where.items() if file == shard}
+            path = self.folder / shard
+            if Path(shard).name != shard or not path.is_file():
+                raise ValueError(
+                    f"a shard of the model is missing\n{path} with {len(inside)} tensors: "
+                    f"{listed(inside)}\ncopy or download the file again"
+                )
+            found = self._read_shard(path)
+            if found != inside:
+                raise ValueError(
+                    f"the index and a shard disagree\n{path}: {len(inside - found)} tensors "
+                    f"missing, {len(found - inside)} unlisted: {listed(inside ^ found)}\n"
+                    "copy or download the model again"
+                )
+
+    def _read_shard(self, path: Path) -> set[str]:
+        try:
+            shard: Any = safe_open(path, framework="pt", device="cpu")
+            names = set(shard.keys())
+            for name in names:
+                header = shard.get_slice(name)
+                self.shapes[name] = tuple(header.get_shape())
+                self.dtypes[name] = header.get_dtype()
+                self._open[name] = shard
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"a weight file is damaged or cut off\n{path}: {_sizes(path)} ({error})\n"
+                "copy or download the file again"
+            ) from error
+        return names
+
+
+def _sizes(path: Path) -> str:
+    """Actual and, where the header can be read, expected bytes of a safetensors file."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size, 100_000_000):
+            return f"{size:,} bytes, the header claims {length:,}"
+        try:
+            entries: dict[str, Any] = json.loads(file.read(length))
+            ends = [e["data_offsets"][1] for k, e in entries.items() if k != "__metadata__"]
+            return f"{size:,} bytes, {8 + length + max(ends, default=0):,} expected"
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return f"{size:,} bytes, the header is no valid JSON"
+
+
+class Loader:
+    """Fills blocks of a skeleton from shards through transformers' conversion tables.
+
+    On creation every stored name is mapped once, and names and shapes are checked against the
+    skeleton: ValueError for missing, unknown or misshapen tensors and for packed integers.
+    """
+
+    def __init__(
+        self, skeleton: PreTrainedModel, shards: Shards, blocks: str, dtype: torch.dtype
+    ) -> None:
+        self.skeleton, self.shards, self.dtype = skeleton, shards, dtype
+        self._block = re.compile(rf"^{re.escape(blocks)}\.(\d+)\.")
+        self._stored: dict[int, list[str]] = defaultdict(list)
+        wanted = skeleton.state_dict()
+        produced = self._map(wanted)
+        self._check(wanted, produced)
+        self.tied = self._tied(produced)
+
+    def load(self, index: int, device: str | torch.device) -> None:
+        """Give the parameters of block `index` (or OUTER) real values on `device`."""
+        plan = self.skeleton._get_dtype_plan(self.dtype)
+        config = LoadStateDictConfig(
+            dtype=self.dtype,
+            dtype_plan=plan,
+            device_map={"": device},
+            weight_mapping=get_model_conversion_mapping(self.skeleton),
+        )
+        slices = {name: self.shards.slice(name) for name in self._stored[index]}
+        bars = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        try:
+            info, _ = convert_and_load_state_dict_in_model(self.skeleton, slices, config)
+        finally:
+            if bars:
+                logging.enable_progress_bar()
+        if info.conversion_errors or info.mismatched_keys or info.error_msgs:
+            wrong = [*info.conversion_errors, *(str(entry) for entry in info.mismatched_keys)]
+            raise ValueError(
+                f"stored tensors do not fit the architecture\n{self.shards.folder}: "
+                f"{listed([*wrong, *info.error_msgs])}\ncheck config.json against the weights"
+            )
+
+    def _map(self, wanted: dict[str, Tensor]) -> dict[str, str]:
+        """Sort stored names by block; name in the skeleton -> (one) stored name behind it."""
+        mapping = get_model_conversion_mapping(self.skeleton)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        targets = {p: c.target_patterns for c in converters for p in c.source_patterns}
+        prefix = self.skeleton.base_model_prefix
+        produced: dict[str, str] = {}
+        unknown: set[str] = set()
+        for name, shape in self.shards.shapes.items():
+            renamed, pattern = rename_source_key(name, renamings, converters, prefix, wanted)
+            if renamed not in wanted and name in wanted:
+                renamed, pattern = rename_source_key(name, [], [], prefix, wanted)
+            if renamed not in wanted:
+                unknown.add(name)
+                continue
+            match = self._block.match(renamed)
+            self._stored[int(match[1]) if match else OUTER].append(name)
+            if pattern is not None:
+                # Shapes of converted tensors are known only when they are loaded.
+                first, *others = targets[pattern]
+                produced.update({renamed.replace(first, other): name for other in others})
+            elif shape != tuple(wanted[renamed].shape):
+                self._misshapen(name, shape, tuple(wanted[renamed].shape))
+            produced[renamed] = name
+        self._check_unknown(unknown)
+        return produced
+
+    def _misshapen(self, name: str, stored: tuple[int, ...], expected: tuple[int, ...]) -> NoReturn:
+        raise ValueError(
+            f"a stored tensor has another shape than config.json says\n{name} in "
+            f"{self.shards.folder}: {list(stored)} stored, {list(expected)} expected\n"
+            "use the config.json that belongs to these weights"
+        )
+
+    def _check_unknown(self, unknown: set[str]) -> None:
+        ignored = [re.compile(p) for p in self.skeleton._keys_to_ignore_on_load_unexpected]
+        ignored.append(_OBSOLETE)
+        unknown = {name for name in unknown if not any(p.search(name) for p in ignored)}
+        if unknown:
+            raise ValueError(
+                f"stored tensors have no place in {type(self.skeleton).__name__}\n"
+                f"{self.shards.folder}: {len(unknown)} tensors, {listed(unknown)}\n"
+                "use the config.json that belongs to these weights"
+            )
+
+    def _check(self, wanted: dict[str, Tensor], produced: dict[str, str]) -> None:
+        ignored = [re.compile(p) for p in self.skeleton._keys_to_ignore_on_load_missing]
+        missing = wanted.keys() - produced.keys()
+        for pair in self.skeleton.all_tied_weights_keys.items():
+            if not missing.issuperset(pair):  # the other one of the two is stored
+                missing.difference_update(pair)
+        missing = {name for name in missing if not any(p.search(name) for p in ignored)}
+        if missing:
+            raise ValueError(
+                f"tensors of the model are missing\n{self.shards.folder}: {len(missing)} "
+                f"missing, {listed(missing)}\ncopy or download the model again"
+            )
+        kinds = self.shards.dtypes
+        packed = {n for t, n in produced.items() if wanted[t].is_floating_point()}
+        packed = {name for name in packed if kinds[name] not in _FLOATS}
+        if packed:
+            raise ValueError(
+                f"the weights are already quantized\n{self.shards.folder}: {len(packed)} tensors "
+                f"of type {listed({kinds[name] for name in packed})}, {listed(packed)}\n"
+                "start from the original bf16, fp16 or fp32 model"
+            )
+
+    def _tied(self, produced: dict[str, str]) -> dict[str, str]:
+        """Names that share one tensor, target -> source; different copies on disk are not tied."""
+        ties = dict(self.skeleton.all_tied_weights_keys)
+        for pair in list(ties.items()):
+            stored = [self.shards.read(produced[name]) for name in pair if name in produced]
+            if len(stored) == 2 and not torch.equal(*stored):
+                del ties[pair[0]]
+        return ties
