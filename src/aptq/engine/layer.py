@@ -1,0 +1,45 @@
+"""Layer: one linear on its way from weight to parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from aptq.core.parts import Part
+from aptq.core.plan import Target
+from aptq.engine.stat import Stat
+
+
+@dataclass
+class Layer:
+    """One linear of a block while stages work on it."""
+
+    name: str  # full name in the normalised model, "model.layers.3.self_attn.q_proj"
+    role: str  # "q", "k", "gate", ...: what the architecture table calls it
+    weight: Tensor  # [out, in] float32: what the parts must add up to
+    bias: Tensor | None  # [out]
+    target: Target
+    stats: dict[Stat, Stat] = field(default_factory=dict)
+    parts: list[Part] = field(default_factory=list)
+    counts: dict[str, float] = field(default_factory=dict)  # what a stage reports: damping, fallbacks, dead columns
+
+    def dense(self) -> Tensor:
+        """Sum of the parts, [out, in] float32."""
+        total = self.parts[0].dense()
+        for part in self.parts[1:]:
+            total = total + part.dense()
+        return total
+
+    def residual(self) -> Tensor:
+        """What the parts do not hold yet: weight - sum of parts, [out, in] float32."""
+        return self.weight - self.dense() if self.parts else self.weight.clone()
+
+    def error(self, hessian: Tensor | None = None) -> float:
+        """Relative squared error: |W - Q|^2 / |W|^2, or with `hessian` H [in, in] tr(E H E^T) / tr(W H W^T)."""
+        error, weight = self.residual(), self.weight
+        if hessian is None:
+            lost, total = error.square().sum(), weight.square().sum()
+        else:
+            lost, total = ((error @ hessian) * error).sum(), ((weight @ hessian) * weight).sum()
+        return float(lost / total) if float(total) > 0 else 0.0

@@ -1,0 +1,163 @@
+"""Stream: the hidden states that enter the current block, for every calibration window.
+
+They live on the device while they are small, else in a memory-mapped file: its pages are written
+out by the system under pressure, so peak memory does not grow with the number of windows.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from aptq.model.dry import Call
+from aptq.model.model import Model
+
+Where = Literal["auto", "memory", "disk"]
+
+
+def batch_windows(length: int, device: torch.device) -> int:
+    """Windows in a batch: about 4,096 tokens on a CPU (fits its caches), 32,768 on a GPU."""
+    return max(1, (4096 if device.type == "cpu" else 32768) // length)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Free memory of `device` in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)
+
+
+@dataclass(frozen=True, slots=True)
+class Others:
+    """What a block is called with beside the hidden states; the same for all equal batches."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, call: Call) -> Others:
+        """Everything of `call` but its hidden states."""
+        kwargs = {key: value for key, value in call.kwargs.items() if key != "hidden_states"}
+        return cls(call.args[1:], kwargs, call.names)
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """Output hidden states of `block` for `hidden` [windows, length, width]."""
+        return Call((hidden, *self.args), self.kwargs, self.names).run(block)
+
+
+@dataclass
+class Stream:
+    """Hidden states [windows, length, width] and the other arguments of every block."""
+
+    hidden: Tensor
+    others: list[dict[int, Others]]  # block -> batch size -> arguments
+    batch: int
+    device: torch.device
+    file: Path | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens in a window."""
+        return self.hidden.shape[1]
+
+    def inputs(self, index: int) -> Iterator[tuple[slice, Tensor, Others]]:
+        """(windows, hidden states on the device, other arguments) of every batch for a block."""
+        total = self.hidden.shape[0]
+        for start in range(0, total, self.batch):
+            windows = slice(start, min(start + self.batch, total))
+            x = self.hidden[windows].to(self.device)
+            yield windows, x, self.others[index][x.shape[0]]
+
+    def advance(self, index: int, block: nn.Module) -> None:
+        """Replace every hidden state by the output of block `index`."""
+        with torch.inference_mode():
+            for windows, x, others in self.inputs(index):
+                self.hidden[windows] = others.run(block, x).to(self.hidden.device)
+        self.others[index] = {}
+
+    def close(self) -> None:
+        """Delete the file behind the stream, if there is one."""
+        self.hidden = self.hidden.new_empty(0)
+        if self.file is not None:
+            self.file.unlink(missing_ok=True)
+
+
+def open_stream(
+    model: Model, ids: Tensor, *, device: torch.device, folder: Path, where: Where = "auto"
+) -> Stream:
+    """Embed `ids` [windows, length] int64 and record every block's other arguments.
+
+    where="auto" keeps the states on the device while they take less than a quarter of its free
+    memory, and in a file in `folder` otherwise.
+    """
+    batch = min(batch_windows(ids.shape[1], device), ids.shape[0])
+    others: list[dict[int, Others]] = [{} for _ in range(model.blocks)]
+    stream: Stream | None = None
+    model.load_outer(device)
+    for start in range(0, ids.shape[0], batch):
+        part = ids[start : start + batch].to(device)
+        calls = record(model, part)
+        hidden = calls[0].hidden
+        if stream is None:
+            shape = (ids.shape[0], *hidden.shape[1:])
+            held, file = _storage(shape, hidden, folder, where)
+            stream = Stream(held, others, batch, device, file)
+        stream.hidden[start : start + part.shape[0]] = hidden.to(stream.hidden.device)
+        if part.shape[0] not in others[0]:
+            for block, call in enumerate(calls):
+                others[block][part.shape[0]] = Others.of(call)
+    model.unload_outer()
+    assert stream is not None, f"no windows in ids of shape {tuple(ids.shape)}"
+    return stream
+
+
+def _storage(
+    shape: tuple[int, ...], like: Tensor, folder: Path, where: Where
+) -> tuple[Tensor, Path | None]:
+    """A tensor of `shape` on the device of `like`, or mapped onto a file."""
+    count = torch.Size(shape).numel()
+    need = count * like.dtype.itemsize
+    if where == "memory" or (where == "auto" and need <= free_bytes(like.device) // 4):
+        return torch.empty(shape, dtype=like.dtype, device=like.device), None
+    file = folder / "hidden.bin"
+    with file.open("wb") as handle:
+        handle.truncate(need)
+    mapped = torch.from_file(str(file), shared=True, size=count, dtype=like.dtype)
+    return mapped.view(shape), file
+
+
+def record(model: Model, ids: Tensor) -> list[Call]:
+    """What every block would be called with for ids [windows, length]; no block is computed.
+
+    The outer modules must be loaded.  Each call's hidden states are those entering block 0, for
+    the blocks only hand on what they get.
+    """
+    calls: list[Call] = []
+    blocks = list(model.skeleton.get_submodule(model.arch.blocks).children())
+    for block in blocks:
+        names = tuple(inspect.signature(type(block).forward).parameters)[1:]
+        block.forward = _handing_on(calls, names)
+    try:
+        with torch.inference_mode():
+            base = model.skeleton.get_submodule(model.skeleton.base_model_prefix)
+            base(input_ids=ids, use_cache=False)
+    finally:
+        for block in blocks:
+            del block.__dict__["forward"]
+    return calls
+
+
+def _handing_on(calls: list[Call], names: tuple[str, ...]) -> Callable[..., Tensor]:
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(Call(args, kwargs, names))
+        return calls[-1].hidden
+
+    return forward

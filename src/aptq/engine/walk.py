@@ -1,0 +1,62 @@
+"""walk: the one loop over blocks.  It knows no method: it loads, lets stages work, commits, saves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from aptq.core.plan import Plan
+from aptq.engine.block import Block, Order
+from aptq.engine.stage import Stage
+from aptq.engine.stream import Stream
+from aptq.model.model import Model
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Sent after every block."""
+
+    block: int
+    blocks: int
+    seconds: float  # of this block
+
+
+def walk(
+    model: Model,
+    stream: Stream,
+    stages: Sequence[Stage],
+    plan: Plan,
+    *,
+    order: Order = "block",
+    sink: Callable[[Block], None],
+    report: Callable[[Progress], None] | None = None,
+    start: int = 0,
+) -> None:
+    """Compress every block from `start` on, one in memory at a time.
+
+    Each stage works on the inputs that the compressed blocks before it produce; `sink` gets the
+    finished block, whose layers hold the parts.  Raises ValueError when a planned layer ends
+    without parts, for then no stage of the recipe quantizes.
+    """
+    for index in range(start, model.blocks):
+        began = time.perf_counter()
+        module = model.load(index, stream.device)
+        block = Block(
+            index, model.block_name(index), module, model.groups(index), plan, stream, order
+        )
+        for stage in stages:
+            stage.on_blocks([block])
+        bare = [name for name, layer in block.layers.items() if not layer.parts]
+        if bare:
+            raise ValueError(
+                f"the recipe leaves {len(bare)} planned layers of block {index} uncompressed\n"
+                f"first: {bare[0]}, target {block.layers[bare[0]].target}\n"
+                f"add a stage that quantizes, such as gptq or rtn"
+            )
+        if index + 1 < model.blocks:
+            stream.advance(index, module)
+        sink(block)
+        model.unload(index)
+        if report is not None:
+            report(Progress(index, model.blocks, time.perf_counter() - began))

@@ -1,0 +1,1 @@
+"""Compression methods: one a file, grouped by family; found by `aptq.engine.stage.methods`."""

@@ -1,0 +1,1 @@
+"""Methods that round weights to a grid."""

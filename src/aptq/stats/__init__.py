@@ -1,0 +1,1 @@
+"""Statistics of layer inputs that stages ask for."""
