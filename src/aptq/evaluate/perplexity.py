@@ -1,0 +1,164 @@
+"""Perplexity over non-overlapping windows: exp of the mean NLL of every predicted token.
+
+A window of n tokens gives n - 1 predictions; nothing is carried from window to window.  The forward
+pass runs in the model's dtype, the log-softmax in float32 over a few positions at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CHUNK = 1 << 23  # float32 values in a block of logits: 32 MiB
+Progress = Callable[[int, int], None]  # (windows done, windows in all)
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """NLL in nats of each window (mean of its `window - 1` predictions) and how it was taken.
+
+    `bos` is the id put before each window, or None.
+    """
+
+    nlls: tuple[float, ...]
+    window: int
+    bos: int | None = None
+
+    @property
+    def windows(self) -> int:
+        """Number of windows."""
+        return len(self.nlls)
+
+    @property
+    def tokens(self) -> int:
+        """Number of predictions."""
+        return self.windows * (self.window - 1)
+
+    @property
+    def nll(self) -> float:
+        """Mean NLL of a prediction in nats."""
+        return math.fsum(self.nlls) / self.windows
+
+    @property
+    def ppl(self) -> float:
+        """Perplexity; infinite where the mean NLL is beyond the range of exp."""
+        return math.exp(self.nll) if not self.nll > 700 else math.inf
+
+
+def perplexity(
+    model: PreTrainedModel,
+    ids: Tensor,
+    *,
+    window: int = 2048,
+    limit: int | None = None,
+    batch: int = 1,
+    bos: int | None = None,
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
+) -> Perplexity:
+    """Perplexity of `model` on `ids` int64 [tokens], tokenised in one piece.
+
+    `limit` takes the first windows only; tokens after the last whole window are left out.  `batch`
+    windows go through the model together.  With `bos` a window is that id and `window - 1` tokens.
+    `device` is where the ids are put (default: where the model is; the model is not moved).
+    Raises ValueError: too few tokens, ids outside the vocabulary, window beyond the model's
+    positions, model in training mode.
+    """
+    cut = cut_windows(ids, window, limit=limit, bos=bos)
+    check_model(model, cut)
+    nlls: list[float] = []
+    for start in range(0, len(cut), batch):
+        rows = cut[start : start + batch]
+        logits = forward(model, rows, device)
+        nlls += [window_nll(one, row) for one, row in zip(logits, rows, strict=True)]
+        if progress is not None:
+            progress(len(nlls), len(cut))
+    return Perplexity(tuple(nlls), window, bos)
+
+
+def cut_windows(
+    ids: Tensor, window: int, *, limit: int | None = None, bos: int | None = None
+) -> Tensor:
+    """Non-overlapping windows [windows, window] of `ids` [tokens]; `bos` as in `perplexity`.
+
+    Raises ValueError if there is no whole window, or `window` or `limit` is too small.
+    """
+    assert ids.dim() == 1, f"ids must be [tokens], not {list(ids.shape)}"
+    if window < 2 or (limit is not None and limit < 1):
+        raise ValueError(
+            "the evaluation windows are impossible\n"
+            f"window {window}, limit {limit}\n"
+            "use a window of 2 or more tokens and a limit of 1 or more windows"
+        )
+    step = window if bos is None else window - 1
+    count = ids.numel() // step
+    if count == 0:
+        raise ValueError(
+            "the evaluation text is too short\n"
+            f"{ids.numel()} tokens found, {step} needed for one window\n"
+            "give more text, or set a shorter window"
+        )
+    cut = ids[: count * step].view(count, step)[:limit]
+    return cut if bos is None else F.pad(cut, (1, 0), value=bos)
+
+
+def check_model(model: PreTrainedModel, cut: Tensor) -> None:
+    """Refuse windows `cut` [windows, window] that `model` cannot take.  Raises ValueError."""
+    text = model.config.get_text_config()
+    name = "max_position_embeddings"
+    positions = text.to_dict().get(text.attribute_map.get(name, name))
+    if positions is not None and cut.shape[1] > positions:
+        raise ValueError(
+            "the evaluation windows are longer than the model allows\n"
+            f"window {cut.shape[1]}, positions of the model {positions}\n"
+            f"set a window of {positions} or less"
+        )
+    if int(cut.max()) >= text.vocab_size:
+        raise ValueError(
+            "the tokens come from the tokenizer of another model\n"
+            f"highest id {int(cut.max())}, vocabulary of the model {text.vocab_size}\n"
+            "use the tokenizer that belongs to this model"
+        )
+    if model.training:
+        raise ValueError(
+            "the model is in training mode\n"
+            f"{type(model).__name__}: dropout would make the figures random\n"
+            "call model.eval() first"
+        )
+
+
+@torch.inference_mode()
+def forward(model: PreTrainedModel, rows: Tensor, device: torch.device | str | None) -> Tensor:
+    """Logits [batch, window - 1, vocabulary] in the model's dtype for `rows` [batch, window].
+
+    The last position is left out: what it predicts is not in the window.
+    """
+    inputs = rows.to(model.device if device is None else device)
+    logits: Tensor = model(input_ids=inputs, use_cache=False).logits
+    return logits[:, :-1]
+
+
+def chunks(logits: Tensor) -> Iterator[slice]:
+    """Slices of positions of `logits` [positions, vocabulary], CHUNK values each at most."""
+    rows = max(1, CHUNK // logits.shape[1])
+    for start in range(0, logits.shape[0], rows):
+        yield slice(start, start + rows)
+
+
+@torch.inference_mode()
+def window_nll(logits: Tensor, row: Tensor) -> float:
+    """Mean NLL in nats of `row` [window] under `logits` [window - 1, vocabulary]."""
+    labels = row[1:].to(logits.device)
+    total = 0.0
+    for part in chunks(logits):
+        total += F.cross_entropy(logits[part].float(), labels[part], reduction="sum").item()
+    return total / labels.numel()
