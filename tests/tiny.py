@@ -123,9 +123,7 @@ TINY: dict[str, Callable[[], PreTrainedConfig]] = {
     "gpt_neox": lambda: _config("gpt_neox"),
     "cohere2": lambda: _config("cohere2", **_MIXED, pad_token_id=0),
     "mixtral": lambda: _config("mixtral", num_local_experts=4, num_experts_per_tok=2),
-    "qwen3_moe": lambda: _config(
-        "qwen3_moe", num_hidden_layers=3, num_experts=4, mlp_only_layers=[1], **_MOE
-    ),
+    "qwen3_moe": lambda: _config("qwen3_moe", num_experts=4, mlp_only_layers=[1], **_MOE),
     "olmo2": lambda: _config("olmo2"),
     "granite": lambda: _config("granite"),
     "gpt_oss": lambda: _config("gpt_oss", num_local_experts=4, num_experts_per_tok=2, **_MIXED),

@@ -165,7 +165,7 @@ def _handing_on(calls: list[Call], names: tuple[str, ...]) -> Callable[..., Tens
 def _watch_outside(model: nn.Module, blocks: str) -> list[str]:
     """A list that holds, after a forward, the leaf modules that ran after the last block."""
     after: list[str] = []
-    last = model.get_submodule(blocks)[-1]  # type: ignore[index]
+    *_, last = model.get_submodule(blocks).children()
     last.register_forward_hook(lambda *_: after.clear())
     for path, module in model.named_modules():
         outside = not f"{path}.".startswith(f"{blocks}.") and not any(module.children())
@@ -185,7 +185,8 @@ def _check_carries(first: list[Call], second: list[Call], config: PreTrainedConf
     carried: dict[str, None] = {}
     for one, two in zip(first, second, strict=True):
         if one.hidden.shape[:2] != _SHAPE or one.hidden.dim() != 3:
-            carried[f"hidden states of shape {list(one.hidden.shape)}"] = None
+            shape = f"{list(one.hidden.shape)} instead of [batch, length, hidden]"
+            carried[f"hidden states of shape {shape}"] = None
         others = two.values()
         for name, value in one.values().items():
             if value is not one.hidden and not _constant(value, others[name]):

@@ -62,7 +62,7 @@ def _convert(path: Path, target: Path, dtype: torch.dtype) -> None:
     try:
         model = _dequantized(folder, name, dtype)
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, local_files_only=True)
-    except (ValueError, KeyError, OSError, RuntimeError, NotImplementedError) as error:
+    except (ValueError, TypeError, LookupError, OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"transformers cannot dequantize this .gguf file\n{path}: {reason}\n"

@@ -57,13 +57,15 @@ def _kind(
 ) -> Kind:
     attention = [name for name in parents if "att" in name]
     mlp = [name for name in parents if not name or any(word in name for word in _MLP)]
-    for names, into, out in ((attention, "attn_in", "attn_out"), (mlp, "mlp_in", "mlp_out")):
-        if names and all(first[name] == index for name in names):
-            return into  # type: ignore[return-value]
-        if names and all(last[name] == index for name in names):
-            return out  # type: ignore[return-value]
+    choices: tuple[tuple[list[str], Kind, Kind], ...] = (
+        (attention, "attn_in", "attn_out"),
+        (mlp, "mlp_in", "mlp_out"),
+    )
+    for names, into, out in choices:
         if names:
-            return "other"
+            if all(first[name] == index for name in names):
+                return into
+            return out if all(last[name] == index for name in names) else "other"
     return "other"
 
 

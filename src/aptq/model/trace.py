@@ -190,15 +190,17 @@ def _routers(block: nn.Module) -> list[str]:
 def _merge(groups: list[Group], more: list[Group], config: PreTrainedConfig) -> None:
     """Insert the groups of another kind of block, keeping forward order."""
     place = 0
+    fresh: set[str] = set()
     for group in more:
         paths = set(group.linears.values())
         hits = [i for i, other in enumerate(groups) if paths & set(other.linears.values())]
-        if len(hits) > 1:
+        if len(hits) > 1 or paths & fresh:
             raise ValueError(
-                f"model type {config.model_type!r} feeds its linears differently in each block\n"
-                f"{', '.join(sorted(paths))} read one input in one block and several in another\n"
+                f"model type {config.model_type!r} calls its linears with changing inputs\n"
+                f"{', '.join(sorted(paths))} read one input in one place and several in another\n"
                 "choose another model, or describe the family in aptq/model/archs.py"
             )
+        fresh |= paths
         if not hits:
             groups.insert(place, group)
             place += 1
