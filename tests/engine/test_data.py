@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tests.tiny import TINY, VOCABULARY, tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from aptq.engine.data import (
@@ -22,6 +21,7 @@ from aptq.engine.data import (
     token_stream,
     tokens,
 )
+from tests.tiny import TINY, VOCABULARY, tiny_tokenizer
 
 TEXT = "The quick brown fox jumps over the lazy dog, zwölf Boxkämpfer jagen Viktor.\n" * 8
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.tiny import tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from aptq.engine.data import (
@@ -20,6 +19,7 @@ from aptq.engine.data import (
     token_stream,
     tokens,
 )
+from tests.tiny import tiny_tokenizer
 
 TEXT = "The quick brown fox jumps over the lazy dog, zwölf Boxkämpfer jagen Viktor.\n" * 8
 

@@ -10,7 +10,8 @@ from aptq.core.grid import Grid
 from aptq.core.plan import Plan
 from aptq.engine.layer import Layer
 from aptq.engine.stage import Stage, methods
-from aptq.engine.stream import batch_windows, open_stream, record
+from aptq.engine.stream import batch_windows, open_stream
+from aptq.model.dry import record
 from aptq.model.model import Model
 from aptq.stats.hessian import Hessian
 from tests.engine.run import CPU, loaded, walked, windows
@@ -35,7 +36,9 @@ def test_stream_equals_full_forward(name: str, tmp_path: Path) -> None:
     whole = AutoModelForCausalLM.from_pretrained(folder).eval()
     seen: list[torch.Tensor] = []
     last = whole.get_submodule(model.arch.blocks)[-1]
-    last.register_forward_hook(lambda m, a, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    last.register_forward_hook(
+        lambda m, a, out: seen.append(out[0] if isinstance(out, tuple) else out)
+    )
     with torch.no_grad():
         whole(ids, use_cache=False)
     stream = open_stream(model, ids, device=CPU, folder=tmp_path)
@@ -72,7 +75,7 @@ def test_last_batch_may_be_shorter(llama: Path, tmp_path: Path) -> None:
 def test_recording_leaves_the_blocks_as_they_were(llama: Path) -> None:
     model = Model.open(llama)
     model.load_outer()
-    calls = record(model, windows(2))
+    calls = record(model.skeleton, model.arch.blocks, windows(2))
     blocks = model.skeleton.get_submodule(model.arch.blocks)
     assert len(calls) == model.blocks
     assert all("forward" not in block.__dict__ for block in blocks.children())

@@ -60,6 +60,7 @@ def test_beats_rounding_to_nearest(options: dict[str, object], grid: str) -> Non
 
 def test_each_option_pays_on_uneven_inputs() -> None:
     """Mean over 8 seeds at 2 bits: clip search and cost weights lower the objective."""
+
     def mean(**options: object) -> float:
         stage = GPTQ(**options)  # type: ignore[arg-type]
         return sum(done(stage, layer("int2-g8-z", seed=s)) for s in range(8)) / 8

@@ -20,7 +20,7 @@ Order = Literal["block", "group"]
 
 
 class Block:
-    """What stages work on.  `groups` are in forward order; `layers` are those the plan compresses."""
+    """What stages work on.  `groups` are in forward order; `layers` those the plan compresses."""
 
     def __init__(
         self,
@@ -55,15 +55,19 @@ class Block:
     def open_layers(self, group: ResolvedGroup) -> list[Layer]:
         """The group's layers that stages may work on: planned, and not 16-bit."""
         found = [self.layers[path] for path in group.layers.values() if path in self.layers]
-        return [layer for layer in found if layer.target.grid is None or not layer.target.grid.dense]
+        return [
+            layer for layer in found if layer.target.grid is None or not layer.target.grid.dense
+        ]
 
     def collect(self, needs: Sequence[Stat], group: ResolvedGroup) -> None:
         """Fill `layer.stats` of the group's layers, with as few forward passes as the memory allows.
 
         order="block" observes all groups of the block in one pass, order="group" (true-sequential)
-        only this one, so that it sees its predecessors compressed.
+        only this one and its like (all experts), so that it sees its predecessors compressed.
         """
-        wanted = self.groups if self.order == "block" else [group]
+        wanted = self.groups
+        if self.order == "group":
+            wanted = self.groups[self.groups.index(group) : self._next(group)]
         todo = [g for g in wanted if set(needs) - self._fresh.get(self.groups.index(g), set())]
         todo = [g for g in todo if self.open_layers(g)]
         if not needs or not todo or group not in todo:
@@ -99,8 +103,8 @@ class Block:
             handles.append(first.register_forward_pre_hook(self._watch(first, stats)))
         try:
             with torch.inference_mode():
-                for _, x, others in self.stream.inputs(self.index):
-                    others.run(self.module, x)
+                for _, call in self.stream.inputs(self.index):
+                    call.run(self.module)
         finally:
             for handle in handles:
                 handle.remove()
@@ -140,15 +144,30 @@ class Block:
                 # a new tensor: the old one may be mapped onto the source file
                 linear.weight.data = layer.dense().to(linear.weight.dtype)
         if self.order == "group":
-            self._forget(self.groups.index(group) + 1)
+            self._forget(self._next(group))
 
     def close_stage(self) -> None:
         """What was observed behind a changed group is stale from here on."""
         changed = [
-            i for i, group in enumerate(self.groups) if any(x.parts for x in self.open_layers(group))
+            i
+            for i, group in enumerate(self.groups)
+            if any(x.parts for x in self.open_layers(group))
         ]
         if changed:
             self._forget(changed[0] + 1)
+
+    def _next(self, group: ResolvedGroup) -> int:
+        """Number of the first group behind `group` that may read what it changes.
+
+        Neighbours of one kind and equal roles are experts, which do not read each other.
+        """
+        number = self.groups.index(group) + 1
+        while number < len(self.groups):
+            other = self.groups[number]
+            if other.kind != group.kind or other.layers.keys() != group.layers.keys():
+                break
+            number += 1
+        return number
 
     def _forget(self, start: int) -> None:
         """Drop the statistics of the groups from number `start` on."""

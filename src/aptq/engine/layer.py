@@ -22,7 +22,9 @@ class Layer:
     target: Target
     stats: dict[Stat, Stat] = field(default_factory=dict)
     parts: list[Part] = field(default_factory=list)
-    counts: dict[str, float] = field(default_factory=dict)  # what a stage reports: damping, fallbacks, dead columns
+    counts: dict[str, float] = field(
+        default_factory=dict
+    )  # what a stage reports: damping, fallbacks, dead columns
 
     def dense(self) -> Tensor:
         """Sum of the parts, [out, in] float32."""
@@ -36,7 +38,10 @@ class Layer:
         return self.weight - self.dense() if self.parts else self.weight.clone()
 
     def error(self, hessian: Tensor | None = None) -> float:
-        """Relative squared error: |W - Q|^2 / |W|^2, or with `hessian` H [in, in] tr(E H E^T) / tr(W H W^T)."""
+        """Relative squared error: |W - Q|^2 / |W|^2.
+
+        With `hessian` H [in, in] that of the layer's output, tr(E H E^T) / tr(W H W^T).
+        """
         error, weight = self.residual(), self.weight
         if hessian is None:
             lost, total = error.square().sum(), weight.square().sum()

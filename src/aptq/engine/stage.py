@@ -1,4 +1,7 @@
-"""Stage: what every compression method is.  A subclass is a frozen dataclass of options with one hook overridden."""
+"""Stage: what every compression method is.
+
+A subclass is a frozen dataclass of options with one hook overridden.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ class Stage:
         return ()
 
     def on_blocks(self, blocks: Sequence[Block]) -> None:
-        """Work on loaded blocks; by default group by group: collect, `on_layer` on each layer, commit."""
+        """Work on loaded blocks; by default group by group: collect, `on_layer`, commit."""
         for block in blocks:
             for group in block.groups:
                 layers = block.open_layers(group)
@@ -37,7 +40,7 @@ class Stage:
         return float(layer.residual().square().sum())
 
     def on_layer(self, layer: Layer) -> Layer:
-        """Compress one layer; returned (not only mutated), so that it may run on another machine."""
+        """Compress one layer; returned, not only mutated, so that it may run elsewhere."""
         return layer
 
 

@@ -1,7 +1,7 @@
 """Stat: what a stage wants to know about the inputs of a group of layers.
 
-A Stat is two things at once: a frozen set of options, compared by value, by which stages ask for it, and (after
-`start`) the running sums of one group.  Groups whose layers read the same input share one set of sums.
+A Stat is two things at once: a frozen set of options, compared by value, by which stages ask for it,
+and (after `start`) the running sums of one group.  The layers of a group share one set of sums.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ class Seen(NamedTuple):
     """What a Stat is shown for one batch of one group."""
 
     x: Tensor  # [rows, in] input rows in the model's dtype
-    position: Tensor | None  # [rows] int64: index of each row's token in its window; None = rows are not tokens
+    position: (
+        Tensor | None
+    )  # [rows] int64: index of each row's token in its window; None = rows are not tokens
     length: int  # tokens in a window
 
 

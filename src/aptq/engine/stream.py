@@ -6,17 +6,16 @@ out by the system under pressure, so peak memory does not grow with the number o
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import psutil
 import torch
 from torch import Tensor, nn
 
-from aptq.model.dry import Call
+from aptq.model.dry import Call, record
 from aptq.model.model import Model
 
 Where = Literal["auto", "memory", "disk"]
@@ -34,31 +33,12 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-@dataclass(frozen=True, slots=True)
-class Others:
-    """What a block is called with beside the hidden states; the same for all equal batches."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    names: tuple[str, ...]
-
-    @classmethod
-    def of(cls, call: Call) -> Others:
-        """Everything of `call` but its hidden states."""
-        kwargs = {key: value for key, value in call.kwargs.items() if key != "hidden_states"}
-        return cls(call.args[1:], kwargs, call.names)
-
-    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """Output hidden states of `block` for `hidden` [windows, length, width]."""
-        return Call((hidden, *self.args), self.kwargs, self.names).run(block)
-
-
 @dataclass
 class Stream:
     """Hidden states [windows, length, width] and the other arguments of every block."""
 
     hidden: Tensor
-    others: list[dict[int, Others]]  # block -> batch size -> arguments
+    calls: list[dict[int, Call]]  # block -> batch size -> what else it is called with
     batch: int
     device: torch.device
     file: Path | None = None
@@ -68,20 +48,20 @@ class Stream:
         """Tokens in a window."""
         return self.hidden.shape[1]
 
-    def inputs(self, index: int) -> Iterator[tuple[slice, Tensor, Others]]:
-        """(windows, hidden states on the device, other arguments) of every batch for a block."""
+    def inputs(self, index: int) -> Iterator[tuple[slice, Call]]:
+        """(windows, call of the block with their hidden states) of every batch for a block."""
         total = self.hidden.shape[0]
         for start in range(0, total, self.batch):
             windows = slice(start, min(start + self.batch, total))
             x = self.hidden[windows].to(self.device)
-            yield windows, x, self.others[index][x.shape[0]]
+            yield windows, self.calls[index][x.shape[0]].at(x)
 
     def advance(self, index: int, block: nn.Module) -> None:
         """Replace every hidden state by the output of block `index`."""
         with torch.inference_mode():
-            for windows, x, others in self.inputs(index):
-                self.hidden[windows] = others.run(block, x).to(self.hidden.device)
-        self.others[index] = {}
+            for windows, call in self.inputs(index):
+                self.hidden[windows] = call.run(block).to(self.hidden.device)
+        self.calls[index] = {}
 
     def close(self) -> None:
         """Delete the file behind the stream, if there is one."""
@@ -99,21 +79,22 @@ def open_stream(
     memory, and in a file in `folder` otherwise.
     """
     batch = min(batch_windows(ids.shape[1], device), ids.shape[0])
-    others: list[dict[int, Others]] = [{} for _ in range(model.blocks)]
+    calls: list[dict[int, Call]] = [{} for _ in range(model.blocks)]
     stream: Stream | None = None
     model.load_outer(device)
     for start in range(0, ids.shape[0], batch):
         part = ids[start : start + batch].to(device)
-        calls = record(model, part)
-        hidden = calls[0].hidden
+        recorded = record(model.skeleton, model.arch.blocks, part)
+        hidden = recorded[0].hidden
         if stream is None:
             shape = (ids.shape[0], *hidden.shape[1:])
             held, file = _storage(shape, hidden, folder, where)
-            stream = Stream(held, others, batch, device, file)
+            stream = Stream(held, calls, batch, device, file)
         stream.hidden[start : start + part.shape[0]] = hidden.to(stream.hidden.device)
-        if part.shape[0] not in others[0]:
-            for block, call in enumerate(calls):
-                others[block][part.shape[0]] = Others.of(call)
+        if part.shape[0] not in calls[0]:
+            empty = hidden.new_empty(0)
+            for block, call in enumerate(recorded):
+                calls[block][part.shape[0]] = call.at(empty)
     model.unload_outer()
     assert stream is not None, f"no windows in ids of shape {tuple(ids.shape)}"
     return stream
@@ -132,32 +113,3 @@ def _storage(
         handle.truncate(need)
     mapped = torch.from_file(str(file), shared=True, size=count, dtype=like.dtype)
     return mapped.view(shape), file
-
-
-def record(model: Model, ids: Tensor) -> list[Call]:
-    """What every block would be called with for ids [windows, length]; no block is computed.
-
-    The outer modules must be loaded.  Each call's hidden states are those entering block 0, for
-    the blocks only hand on what they get.
-    """
-    calls: list[Call] = []
-    blocks = list(model.skeleton.get_submodule(model.arch.blocks).children())
-    for block in blocks:
-        names = tuple(inspect.signature(type(block).forward).parameters)[1:]
-        block.forward = _handing_on(calls, names)
-    try:
-        with torch.inference_mode():
-            base = model.skeleton.get_submodule(model.skeleton.base_model_prefix)
-            base(input_ids=ids, use_cache=False)
-    finally:
-        for block in blocks:
-            del block.__dict__["forward"]
-    return calls
-
-
-def _handing_on(calls: list[Call], names: tuple[str, ...]) -> Callable[..., Tensor]:
-    def forward(*args: Any, **kwargs: Any) -> Tensor:
-        calls.append(Call(args, kwargs, names))
-        return calls[-1].hidden
-
-    return forward

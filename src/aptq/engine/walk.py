@@ -1,4 +1,4 @@
-"""walk: the one loop over blocks.  It knows no method: it loads, lets stages work, commits, saves."""
+"""walk: the one loop over blocks.  It knows no method: it loads, lets stages work, and saves."""
 
 from __future__ import annotations
 

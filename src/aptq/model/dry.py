@@ -38,6 +38,12 @@ class Call:
         assert isinstance(value, Tensor), type(value)
         return value
 
+    def at(self, hidden: Tensor) -> "Call":
+        """The same call with other hidden states."""
+        if self.args:
+            return Call((hidden, *self.args[1:]), self.kwargs, self.names)
+        return Call((), {**self.kwargs, "hidden_states": hidden}, self.names)
+
     def run(self, block: nn.Module) -> Tensor:
         """Call a block with these arguments; its hidden states."""
         output = block(*self.args, **self.kwargs)

@@ -1,9 +1,9 @@
 """Hessian: the weighted second moment of a group's inputs, H = sum_t w_t x_t x_t^T / sum_t w_t, [in, in].
 
-H measures what an error E [out, in] of the weight does to the layer's output: tr(E H E^T) is its mean
-squared change per token (arXiv:2210.17323, eq. 1; the factor 2 is left out).  Not every token matters
-alike: the first of a window collects the attention of all later ones, so its errors reach every
-token after it, yet in a window of 2,048 it is one row of 2,048.
+H measures what an error E [out, in] of the weight does to the layer's output: tr(E H E^T) is its
+mean squared change per token (arXiv:2210.17323, eq. 1; the factor 2 is left out).  Not every token
+matters alike: the first of a window collects the attention of all later ones, so its errors reach
+every token after it, yet in a window of 2,048 it is one row of 2,048.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ class Hessian(Stat):
         """Zero sums: H [columns, columns] float32, total weight and dropped rows (scalars)."""
         zero = torch.zeros((), dtype=torch.float64, device=device)
         square = torch.zeros(columns, columns, dtype=torch.float32, device=device)
-        return type(self)(first=self.first, sums={"h": square, "weight": zero, "dropped": zero.clone()})
+        return type(self)(
+            first=self.first, sums={"h": square, "weight": zero, "dropped": zero.clone()}
+        )
 
     def update(self, seen: Seen) -> None:
         """Add rows x [rows, in]; rows that are not finite are left out and counted."""

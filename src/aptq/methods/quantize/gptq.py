@@ -1,4 +1,4 @@
-"""GPTQ: round column by column, push each error onto the columns not yet rounded (arXiv:2210.17323).
+"""GPTQ: round column by column, push each error onto the columns still free (arXiv:2210.17323).
 
 Minimises tr((W - Q) H (W - Q)^T) over Q on the layer's grid; W, Q [out, in], H [in, in] the second
 moment of the layer's inputs.
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from aptq.core.grid import Grid
-from aptq.core.linalg import Damping, Factor, dead_columns
+from aptq.core.linalg import Damping, dead_columns
 from aptq.core.parts import part_of
 from aptq.core.rounding import Scales, fit, shrinks, snap
 from aptq.core.sweep import GridRule, sweep
@@ -98,9 +98,7 @@ class GPTQ(Stage):
         fixed = self.groups == "static" or grid.group == 0
         tries = shrinks(self.clip)
         scales = fit(W, grid, importance=weights, shrink=tries) if fixed else None
-        rule = GridRule(
-            grid, (W.shape[0], W.shape[1]), scales, importance=weights, shrink=tries
-        )
+        rule = GridRule(grid, (W.shape[0], W.shape[1]), scales, importance=weights, shrink=tries)
         segments = None
         if not fixed:
             owners = order // grid.group

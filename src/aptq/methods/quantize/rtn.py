@@ -19,7 +19,9 @@ from aptq.engine.stage import Stage, methods
 class RTN(Stage):
     """Round to nearest, the floor that every other method has to beat."""
 
-    clip: float = 1.0  # smallest share of a group's range that is tried; 1.0 = min-max, the usual RTN
+    clip: float = (
+        1.0  # smallest share of a group's range that is tried; 1.0 = min-max, the usual RTN
+    )
 
     def __post_init__(self) -> None:
         """Raise ValueError for a share out of range."""
