@@ -26,7 +26,9 @@ def test_unpack_inverts_pack(bits: int, lead: list[int], count: int, seed: int) 
     packed = pack(codes, bits)
     assert packed.shape == (*lead, packed_size(count, bits))
     assert packed.is_contiguous()
-    assert torch.equal(unpack(packed, bits, count), codes)
+    unpacked = unpack(packed, bits, count)
+    assert torch.equal(unpacked, codes)
+    assert unpacked.is_contiguous()
 
 
 @settings(max_examples=60, deadline=None)

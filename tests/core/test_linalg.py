@@ -73,6 +73,22 @@ def test_dead_columns_are_cut_off_and_counted() -> None:
     assert damping.dead == 2
 
 
+def test_dead_columns_with_noise_beside_a_zero_diagonal() -> None:
+    H = hessian_of(12, 50)
+    H[3, 3], H[7, 7] = 0.0, -1e-3
+    live = torch.ones(12, dtype=torch.bool)
+    live[[3, 7]] = False
+    factor, damping = damped_factor(H, 0.01)
+    assert factor is not None
+    assert (damping.dead, damping.fallbacks) == (2, 0)
+    off = factor.inner - factor.inner.diagonal().diag()
+    assert off[~live].eq(0).all()
+    assert off[:, ~live].eq(0).all()
+    mean = H.diagonal()[live].mean()
+    weight = factor.inner.diagonal()[~live] ** -2
+    torch.testing.assert_close(weight, (1.01 * mean).expand(2), rtol=1e-4, atol=0)
+
+
 def test_nothing_seen_at_all() -> None:
     factor, damping = damped_factor(torch.zeros(5, 5))
     assert factor is not None

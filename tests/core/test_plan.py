@@ -73,7 +73,7 @@ def test_text_form_is_compact_and_exact(tmp_path: Path) -> None:
         ({"grids": "keep"}, "grids is a str"),
         ({"targets": {"a": 2}}, "grid number 2 of 1"),
         ({"targets": {"a": -1}}, "grid number -1"),
-        ({"targets": {"a": True}}, "grid number True"),
+        ({"targets": {"a": False}}, "grid number False"),
         ({"made_by": {"a": 1}}, "made_by"),
     ],
 )
@@ -97,6 +97,12 @@ def test_files_that_are_no_plan(tmp_path: Path, text: str) -> None:
     path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match="not a plan"):
         Plan.load(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"missing\.json") as caught:
+        Plan.load(tmp_path / "missing.json")
+    assert len(str(caught.value).splitlines()) == 3
 
 
 def test_check_finds_layers_too_many_and_too_few() -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from aptq.core.grid import Grid
-from aptq.core.rounding import Scales, decode, encode, fit, snap
+from aptq.core.rounding import Scales, decode, encode, fit, shrinks, snap
 
 TEXTS = [
     "int2-g7",
@@ -138,6 +138,13 @@ def test_search_finds_the_best_factor_of_each_group(text: str, weighted: str, po
     assert len(table.argmin(0).unique()) > 1  # the choice is not the same everywhere
 
 
+def test_shares_to_try() -> None:
+    assert shrinks(1.0) == (1.0,)
+    assert shrinks(0.9, 0.05) == pytest.approx((1.0, 0.95, 0.9))
+    assert shrinks(0.5)[0] == 1.0
+    assert shrinks(0.5)[-1] == pytest.approx(0.5)
+
+
 def test_search_in_tiles_equals_search_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
     grid, weight = Grid("int3", 8, "int"), weight_of(33, 20)
     importance = torch.rand(33, 20)
@@ -180,6 +187,14 @@ def test_decode_rounds_once_to_the_wanted_dtype() -> None:
     codes = encode(weight, scales, grid)
     exact = decode(codes, scales, grid)
     assert torch.equal(decode(codes, scales, grid, dtype=torch.bfloat16), exact.bfloat16())
+
+
+def test_float_zeros_that_are_not_whole_give_whole_codes() -> None:
+    low = -torch.logspace(-5, 0, 200)
+    weight = torch.stack([low, torch.ones(200)], 1)
+    for bits in (2, 4, 8):
+        grid = Grid(f"int{bits}", 0, "float")
+        assert encode(weight, fit(weight, grid), grid)[:, 1].eq(grid.levels - 1).all()
 
 
 def test_straight_through_gradient() -> None:

@@ -208,16 +208,19 @@ def test_groups_in_another_order_fitted_on_the_way() -> None:
     weight, H = problem(columns=70)
     grid = Grid("int4", 32)
     order = torch.cat([torch.randperm(6) + 64, torch.randperm(32), torch.randperm(32) + 32])
-    rule = GridRule(grid, (ROWS, 70))
+    importance = torch.rand(ROWS, 70) ** 4
+    rule = GridRule(grid, (ROWS, 70), importance=importance, shrink=(1.0, 0.9, 0.8, 0.7))
     result = sweep(weight, factor_of(H[order][:, order]), rule, order=order, segments=[6, 32, 32])
     assert torch.equal(part_of(result.rounded, rule.scales(), grid).dense(), result.rounded)
+    first = fit(weight[:, 64:], grid, importance=importance[:, 64:], shrink=rule.shrink)
+    assert torch.equal(rule.scales().scale[:, 2:], first.scale)
     with pytest.raises(AssertionError, match="begins in the middle of a segment"):
         sweep(weight, factor_of(H), GridRule(grid, (ROWS, 70)))
 
 
 def test_dense_grid_changes_only_what_bfloat16_cannot_hold() -> None:
     weight, H = problem()
-    grid, weight = Grid("bf16"), weight.bfloat16().float()
+    grid, weight = Grid("bf16"), (weight * 1e6).bfloat16().float()  # beyond float16
     rule = GridRule(grid, (ROWS, COLUMNS))
     result = sweep(weight, factor_of(H), rule)
     assert torch.equal(result.rounded, weight)

@@ -31,7 +31,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     octets = -(-count // 8)
     lanes = codes.new_zeros(*lead, octets * 8)
     lanes[..., :count] = codes
-    word = lanes.view(torch.int64) & _mask(bits, 8)
+    word = lanes.view(torch.int64)
     for lane, width in ((8, bits), (16, 2 * bits), (32, 4 * bits)):
         low = _mask(width, 2 * lane)
         word = (word & low) | ((word >> (lane - width)) & (low << width))

@@ -149,9 +149,10 @@ class Plan:
             if not all(isinstance(value, str) for value in made_by.values()):
                 _broken("made_by must map texts to texts")
             plan = cls.from_json({"grids": fields["grids"], "targets": fields["targets"]})
-        except (UnicodeDecodeError, ValueError) as error:  # JSONDecodeError is a ValueError
+        except (OSError, ValueError) as error:  # bad JSON and bad UTF-8 are ValueErrors
             reason = " ".join(str(error).splitlines())
-            raise ValueError(f"not a plan: {path}\n{reason}\nwrite one with `--plan`") from error
+            way_out = "use the plan.json of a run folder, or one like it"
+            raise ValueError(f"not a plan: {path}\n{reason}\n{way_out}") from error
         return cls(plan.targets, made_by)
 
 
@@ -197,4 +198,4 @@ def _unknown(what: str, given: str, known: Mapping[str, object]) -> NoReturn:
 
 
 def _broken(detail: str) -> NoReturn:
-    raise ValueError(f"broken plan\n{detail}\nuse a plan.json of a run folder as the model")
+    raise ValueError(f"broken plan: {detail}")  # whoever reads a file adds its name

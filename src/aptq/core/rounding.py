@@ -51,22 +51,19 @@ def fit(
     All-zero groups get scale 1 and decode to exact zeros.  A dense grid has no scales ([out, 0]).
     Source of the clip search: GPTQ's reference code (arXiv:2210.17323), "mse".
     """
-    assert weight.dim() == 2, weight.shape
     assert len(shrink) > 0
     weight = weight.detach()
     rows, columns = weight.shape
-    groups = grid.groups(columns)
-    scale = torch.empty(rows, groups, dtype=grid.scale_dtype, device=weight.device)
+    scale = weight.new_empty((rows, grid.groups(columns)), dtype=grid.scale_dtype)
+    if grid.dense:
+        return Scales(scale, None)
     zero = None
     if grid.zero != "none":
-        dtype = torch.uint8 if grid.zero == "int" else grid.scale_dtype
-        zero = torch.empty(rows, groups, dtype=dtype, device=weight.device)
-    if grid.dense:
-        return Scales(scale, zero)
-    if importance is not None:
-        importance = importance.to(weight).pow(1.0 / power).expand(rows, columns)
-    tile = max(1, (CACHE_TILE if weight.device.type == "cpu" else DEVICE_TILE) // columns)
+        zero = torch.empty_like(scale, dtype=torch.uint8 if grid.zero == "int" else None)
     factors = torch.tensor(shrink, dtype=torch.float32, device=weight.device)
+    if importance is not None:
+        importance = importance.to(factors).pow(1.0 / power).expand(rows, columns)
+    tile = max(1, (CACHE_TILE if weight.device.type == "cpu" else DEVICE_TILE) // columns)
     for start in range(0, rows, tile):
         band = slice(start, start + tile)
         roots = _blocks(importance[band], grid) if importance is not None else None
@@ -91,7 +88,8 @@ def encode(
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     for part, scale, zero, out in _aligned(weight, scales, grid, columns, codes):
         level = level_of(part / scale, zero, grid)
-        out.copy_(level.add_(code_offset(zero, grid)).round_())  # + float zero is not quite whole
+        # (code - zero) + zero is exact in float32 for every float16 and bfloat16 zero (all tried).
+        out.copy_(level.add_(code_offset(zero, grid)))
     return codes
 
 

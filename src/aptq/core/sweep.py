@@ -100,7 +100,7 @@ class GridRule:
     def scales(self) -> Scales:
         """Scales of the whole weight; every group must have begun."""
         if self.grid.dense:
-            return fit(torch.empty(self.shape), self.grid)
+            return Scales(torch.empty(self.shape[0], 0, dtype=self.grid.scale_dtype), None)
         found = [self.fitted[group] for group in range(self.grid.groups(self.shape[1]))]
         scale = torch.cat([scales.scale for scales in found], 1)
         zeros = [scales.zero for scales in found if scales.zero is not None]
@@ -121,23 +121,21 @@ def sweep(
     factor: U [in, in] upper with H^-1 = U^T U, in sweep order (linalg.damped_factor).
     order: LongTensor [in], original ids in sweep order; natural if None.
     segments: lengths in sweep order, their sum = in (one segment if None); rule.begin is called
-    for each with its up-to-date weights.  block: columns between two matrix products; any value
-    gives the same result up to rounding errors.  Computes in the dtype of factor: float32, or
-    float64 to check it.  All tensors on one device, which is not waited for inside the loop.
+    for each with its up-to-date weights.  block: columns between two matrix products, with no
+    influence on the result.  Computes in the dtype of factor, float32 or (to check) float64.
     """
     columns = weight.shape[1]
     lengths = [columns] if segments is None else list(segments)
     assert sum(lengths) == columns, (lengths, columns)
     assert min(lengths) > 0, lengths
     assert block > 0, block
-    if order is None:
-        order = torch.arange(columns, device=weight.device)
+    order = torch.arange(columns, device=weight.device) if order is None else order
     # A column of W is a contiguous row of W.T; unit lower triangular, so no division in the loop.
     work = _Work(
         weight.detach().T[order].to(factor.dtype),
         (factor / factor.diagonal().unsqueeze(1)).T.contiguous(),
         order,
-        order.tolist(),
+        order.tolist(),  # the only wait for the device before the end
         rule,
         block,
     )
