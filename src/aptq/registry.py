@@ -1,7 +1,7 @@
 """Named implementations found by file: a folder is a family, a file stem is a name.
 
-`names()` only lists files and `get()` imports the one file it needs, so a slow or optional import in
-one method never delays or breaks another. Torch-free, at the bottom of the import order.
+`names()` only lists files and `get()` imports the one file it needs, so a slow or optional import
+in one method never delays or breaks another.  Torch-free, at the bottom of the import order.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Registry(Generic[T]):
         self._classes: dict[str, type[T]] = {}
 
     def register(self, name: str) -> Callable[[C], C]:
-        """Class decorator that files a class under `name`; the file that holds it has the same stem."""
+        """Class decorator: files a class under `name`, which is also the stem of its file."""
 
         def file(cls: C) -> C:
             module, _, stem = cls.__module__.rpartition(".")

@@ -133,7 +133,7 @@ def test_ids_must_be_non_negative_integers(tmp_path: Path) -> None:
     [
         (b"", "empty"),
         (b" \n\t\n", "no text"),
-        (gzip.compress(b"text"), "gzip data"),
+        (gzip.compress(b"text", mtime=0), "gzip data"),
         (b"PK\x03\x04rest", "zip archive"),
         (TEXT.encode("utf-16"), "UTF-16"),
         (TEXT.encode("utf-16-le"), "UTF-16 without a mark"),

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.tiny import tiny_network, tiny_tokens
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from aptq.evaluate import perplexity as module
 from aptq.evaluate.divergence import divergence, save_logits
 from aptq.evaluate.perplexity import perplexity
+from tests.tiny import tiny_network, tiny_tokens
 
 WINDOW = 24
 

@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from tests.tiny import tiny_network, tiny_tokens
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from aptq.evaluate import perplexity as module
 from aptq.evaluate.perplexity import Perplexity, cut_windows, perplexity
+from tests.tiny import tiny_network, tiny_tokens
 
 WINDOW = 24
 

@@ -60,7 +60,7 @@ class Block:
         ]
 
     def collect(self, needs: Sequence[Stat], group: ResolvedGroup) -> None:
-        """Fill `layer.stats` of the group's layers, with as few forward passes as the memory allows.
+        """Fill `layer.stats` of the group's layers, with as few forward passes as memory allows.
 
         order="block" observes all groups of the block in one pass, order="group" (true-sequential)
         only this one and its like (all experts), so that it sees its predecessors compressed.

@@ -37,14 +37,7 @@ class Layer:
         """What the parts do not hold yet: weight - sum of parts, [out, in] float32."""
         return self.weight - self.dense() if self.parts else self.weight.clone()
 
-    def error(self, hessian: Tensor | None = None) -> float:
-        """Relative squared error: |W - Q|^2 / |W|^2.
-
-        With `hessian` H [in, in] that of the layer's output, tr(E H E^T) / tr(W H W^T).
-        """
-        error, weight = self.residual(), self.weight
-        if hessian is None:
-            lost, total = error.square().sum(), weight.square().sum()
-        else:
-            lost, total = ((error @ hessian) * error).sum(), ((weight @ hessian) * weight).sum()
-        return float(lost / total) if float(total) > 0 else 0.0
+    def error(self) -> float:
+        """Relative squared error of the weight, |W - Q|^2 / |W|^2."""
+        total = float(self.weight.square().sum())
+        return float(self.residual().square().sum()) / total if total > 0 else 0.0

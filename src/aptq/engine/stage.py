@@ -16,7 +16,7 @@ from aptq.registry import Registry
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One step of a recipe.  The walk calls `on_blocks`; most methods override `needs` and `on_layer` only."""
+    """One step of a recipe.  Most methods override `needs` and `on_layer` only."""
 
     def needs(self) -> tuple[Stat, ...]:
         """Statistics that `on_layer` reads from `layer.stats`."""

@@ -1,7 +1,7 @@
 """Stat: what a stage wants to know about the inputs of a group of layers.
 
-A Stat is two things at once: a frozen set of options, compared by value, by which stages ask for it,
-and (after `start`) the running sums of one group.  The layers of a group share one set of sums.
+A Stat is two things at once: a frozen set of options, compared by value, by which stages ask for
+it, and (after `start`) the running sums of one group.  A group's layers share one set of sums.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Hessian: the weighted second moment of a group's inputs, H = sum_t w_t x_t x_t^T / sum_t w_t, [in, in].
+"""Hessian: the weighted second moment of inputs, H = sum_t w_t x_t x_t^T / sum_t w_t, [in, in].
 
 H measures what an error E [out, in] of the weight does to the layer's output: tr(E H E^T) is its
 mean squared change per token (arXiv:2210.17323, eq. 1; the factor 2 is left out).  Not every token

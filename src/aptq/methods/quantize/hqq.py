@@ -1,8 +1,8 @@
 """HQQ: fit real-valued zero points by half-quadratic splitting; no data (Badri and Shaji, 2023).
 
 Minimises |W - (Q - z) s|_p^p, p < 1, over codes Q and zeros z [out, groups] at min-max scales s:
-the small p forgives outliers.  An error E, penalised by beta/2 |W - (Q - z) s - E|^2, splits it into
-a shrinkage step for E and a mean for z.
+the small p forgives outliers.  An error E, penalised by beta/2 |W - (Q - z) s - E|^2, splits it
+into a shrinkage step for E and a mean for z.
 """
 
 from __future__ import annotations

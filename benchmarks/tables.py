@@ -1,0 +1,165 @@
+"""Write the tables of README and docs from benchmarks/results/*.json.
+
+usage: python tables.py README.md docs/log.md [--check]
+Everything between `<!-- table:NAME -->` and `<!-- /table -->` becomes the table of
+results/NAME.json; the part of NAME before the first "-" is its kind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import common
+
+MARKER = re.compile(r"(<!-- table:([\w.-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+TEXTS = {"wikitext2": "WikiText-2", "c4": "C4", "wiki_validation": "wiki validation"}
+TEXTS |= {"c4_validation": "C4 validation"}
+
+RATIOS = {"ratio": "ratio", "ratio_saved": "ratio with saving", "ratio_cpu": "ratio of CPU time"}
+RATIOS |= {"ratio_process": "ratio of processes"}
+
+Table = tuple[Sequence[str], list[list[str]]]
+
+
+def number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def text_name(key: str) -> str:
+    """wikitext2_first8 -> "WikiText-2, first 8 windows"."""
+    base, _, first = key.partition("_first")
+    return TEXTS[base] + (f", first {first} windows" if first else "")
+
+
+def calibration(row: dict[str, Any]) -> str:
+    held = row["calibration"]
+    if not held:
+        return ""
+    windows = held["tokens"] // held["window"]
+    return f"{held['file'].removesuffix('.txt')} {windows} x {held['window']}"
+
+
+def quality(result: dict[str, Any]) -> Table:
+    rows = result["rows"]
+    keys = [key for row in rows for key in row if key.partition("_first")[0] in TEXTS]
+    keys = list(dict.fromkeys(keys))
+    lines = []
+    for row in rows:
+        label = f"**{row['label']}**" if row["ours"] else row["label"]
+        scores = [number(row.get(key), 2) for key in keys]
+        costs = [number(row["seconds"], 0), number(row["peak_gib"], 2)]
+        bits, seed = number(row["bpw"], 4), str(row["seed"]) if row["calibration"] else ""
+        lines.append([label, calibration(row), seed, bits, *scores, *costs])
+    names = ("model", "calibration", "seed", "bpw", *map(text_name, keys), "seconds", "peak GiB")
+    return names, lines
+
+
+def compress_time(result: dict[str, Any]) -> Table:
+    lines = []
+    for row in result["rows"]:
+        for index, one in enumerate(row["pairs"], 1):
+            mine, peer = one["ours"], one["theirs"]
+            times = [mine["seconds"], peer["oneshot"], peer["save"], mine["process"]]
+            cells = [number(t, 1) for t in (*times, peer["process"])]
+            cells += [number(one[kind], 3) for kind in RATIOS]
+            lines.append([f"{row['label']}, pair {index}", *cells])
+        if row["pairs"]:
+            cells = [f"**{number(row[f'{kind}_median'], 3)}**" for kind in RATIOS]
+            lines.append([f"{row['label']}, median", "", "", "", "", "", *cells])
+    names = ("run", "ours, s", "oneshot, s", "its saving, s", "our process, s", "its process, s")
+    return (*names, *RATIOS.values()), lines
+
+
+def profile(result: dict[str, Any]) -> Table:
+    """The functions with most time of their own in the last profiled run."""
+    runs = [row["profile"] for row in result["rows"] if "profile" in row]
+    found = sorted(runs[-1], key=lambda row: -row["own"])[:15] if runs else []
+    lines = [
+        [
+            f"`{row['name']}`",
+            row["where"],
+            str(row["calls"]),
+            number(row["own"], 2),
+            number(row["total"], 2),
+        ]
+        for row in found
+    ]
+    return ("function", "where", "calls", "own seconds", "with callees"), lines
+
+
+def memory(result: dict[str, Any]) -> Table:
+    lines = []
+    for row in result["rows"]:
+        for run in row["runs"]:
+            peak = number(run["peak_anonymous_bytes"] / 2**20, 0)
+            lines.append([row["label"], str(run["blocks"]), peak, number(run["seconds"], 0), ""])
+        block = number(row["block_bytes"] / 2**20, 0)
+        text = f"{number(row['difference_blocks'], 3)} of a {block} MiB block"
+        lines.append([row["label"], "difference", "", "", text])
+    return ("run", "blocks", "peak anonymous MiB", "seconds", "difference"), lines
+
+
+def greedy(result: dict[str, Any]) -> Table:
+    lines = []
+    for row in result["rows"]:
+        identical = f"{row['prompts_identical']} of {row['prompts']}"
+        nll = f"{row['nll_fast']:.5f} / {row['nll_dense']:.5f} ({row['nll_difference']:+.3%})"
+        bytes_ = f"{row['resident_bytes'] / 1e6:.1f} / {row['disk_bytes'] / 1e6:.1f} MB"
+        lines.append([row["label"], identical, nll, f"{bytes_} ({row['resident_ratio'] - 1:+.1%})"])
+    return ("checkpoint", "prompts identical", "NLL fast / dense", "resident / on disk"), lines
+
+
+KINDS: dict[str, Callable[[dict[str, Any]], Table]] = {
+    "quality": quality,
+    "validation": quality,
+    "compress_time": compress_time,
+    "profile": profile,
+    "memory": memory,
+    "greedy": greedy,
+}
+
+
+def markdown(name: str, folder: Path) -> str:
+    """The table called `name`, with a line on where its figures come from."""
+    kind = name.partition("-")[0]
+    if kind not in KINDS:
+        raise SystemExit(f"table {name}: no kind {kind!r}; known: {', '.join(KINDS)}")
+    file = folder / f"{name.replace('profile-', 'compress_time-')}.json"
+    if not file.exists():
+        raise SystemExit(f"table {name}: there is no {file}; run the benchmark first")
+    result = json.loads(file.read_text(encoding="utf-8"))
+    names, lines = KINDS[kind](result)
+    rows = [list(names), ["---"] * len(names), *lines]
+    used = {key: value for key, value in result["versions"].items() if key != "python"}
+    versions = ", ".join(f"{key} {value}" for key, value in used.items())
+    head = f"{result['device']}, {versions}, commit {result['commit']}, {result['date'][:10]}."
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + f"\n\n{head}\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", type=Path, nargs="+")
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--results", type=Path, default=common.RESULTS)
+    options = parser.parse_args()
+    stale = []
+    for file in options.files:
+        old = file.read_text(encoding="utf-8")
+        new = MARKER.sub(lambda m: m[1] + markdown(m[2], options.results) + m[3], old)
+        if new != old:
+            stale.append(str(file))
+            if not options.check:
+                file.write_text(new, encoding="utf-8")
+    if stale:
+        print(("out of date: " if options.check else "rewritten: ") + ", ".join(stale))
+    if stale and options.check:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""`python -m aptq` is the command `aptq`."""
+
+from aptq.cli import main
+
+main()

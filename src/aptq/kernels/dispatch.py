@@ -1,0 +1,34 @@
+"""Which kernel runs a part: the first of KERNELS that supports it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from aptq.core.parts import Part
+from aptq.kernels.cpu import Int4, Int8
+from aptq.kernels.reference import Kernel, Reference, Tiled
+
+Choice = Literal["auto", "reference"]
+KERNELS: tuple[type[Kernel], ...] = (Int4, Int8, Tiled, Reference)
+
+
+def prepare(part: Part, dtype: torch.dtype, choice: Choice = "auto") -> Kernel:
+    """The kernel for `part` where it lies and for activations of `dtype`, ready to run.
+
+    "reference" keeps the stored tensors and decodes the whole weight in every call.
+    """
+    if choice == "reference":
+        return Reference.prepare(part, dtype)
+    device = next(iter(part.tensors().values())).device
+    kernel = next(kernel for kernel in KERNELS if kernel.supports(part, device, dtype))
+    return kernel.prepare(part, dtype)
+
+
+def matmul(x: Tensor, part: Part, choice: Choice = "auto") -> Tensor:
+    """x [..., in] @ part.dense().T -> [..., out]; prepares the part anew, so for single calls."""
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    y: Tensor = prepare(part, x.dtype, choice)(rows)
+    return y.view(*x.shape[:-1], -1)

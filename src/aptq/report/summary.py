@@ -1,0 +1,121 @@
+"""Summary of a run folder: one row a role of layers, totals, and the evaluation if there is one."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Layers of one role that have one grid."""
+
+    role: str
+    grid: str
+    layers: int
+    bits: float  # stored bits per weight, scales and zeros included
+    error: float  # mean over the layers of |W - Q|^2 / |W|^2
+    before: int  # bytes
+    after: int
+    fallbacks: int  # layers that needed a rescue
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A run in numbers.  bytes_before and bytes_after are of whole checkpoints, rows of layers."""
+
+    source: str
+    rows: tuple[Row, ...]
+    bits: float
+    bytes_before: int
+    bytes_after: int
+    seconds: float
+    tokens: int  # of calibration text
+    counts: dict[str, float]  # what stages reported, summed over the layers
+    evaluation: dict[str, Any] | None
+
+    @property
+    def fallbacks(self) -> int:
+        """Layers that needed a rescue."""
+        return sum(row.fallbacks for row in self.rows)
+
+    @property
+    def layers(self) -> int:
+        """Linears inside the blocks, compressed or kept."""
+        return sum(row.layers for row in self.rows)
+
+    def to_json(self) -> dict[str, Any]:
+        """The summary as plain values."""
+        return {**asdict(self), "layers": self.layers, "fallbacks": self.fallbacks}
+
+
+def read(folder: Path) -> Summary:
+    """Summary of the run in `folder`, from its log.jsonl and eval.json.  Raises ValueError."""
+    try:
+        events = _events(folder)
+        (start,), (done,) = events["start"], events["done"]
+        layers = events["layer"]
+        counts: Counter[str] = Counter()
+        for layer in layers:
+            counts.update(layer["counts"])
+        evaluated = folder / "eval.json"
+        return Summary(
+            source=start["source"],
+            rows=tuple(_rows(layers)),
+            bits=start["bits"],
+            bytes_before=start["bytes_before"],
+            bytes_after=done["bytes_after"],
+            seconds=done["seconds"],
+            tokens=start["data"]["tokens_used"] if start["data"] else 0,
+            counts=dict(counts),
+            evaluation=json.loads(evaluated.read_text("utf-8")) if evaluated.is_file() else None,
+        )
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise _broken(folder, error) from error
+
+
+def errors(folder: Path) -> dict[str, float]:
+    """Relative squared error of every layer of the run in `folder`.  Raises ValueError."""
+    try:
+        return {layer["name"]: layer["error"] for layer in _events(folder)["layer"]}
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise _broken(folder, error) from error
+
+
+def _events(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The lines of the log by kind."""
+    found: dict[str, list[dict[str, Any]]] = {"start": [], "layer": [], "block": [], "done": []}
+    for line in (folder / "log.jsonl").read_text("utf-8").splitlines():
+        event = json.loads(line)
+        found[event["event"]].append(event)
+    return found
+
+
+def _broken(folder: Path, error: Exception) -> ValueError:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    where = folder / "log.jsonl"
+    return ValueError(f"no complete run log\n{where}: {reason}\ncompress the model again")
+
+
+def _rows(layers: Iterable[dict[str, Any]]) -> list[Row]:
+    """One row for each role and grid, in order of first appearance."""
+    alike: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for layer in layers:
+        alike.setdefault((layer["role"], layer["grid"]), []).append(layer)
+    return [
+        Row(
+            role=role,
+            grid=grid,
+            layers=len(held),
+            bits=8 * sum(x["after"] for x in held) / sum(x["weights"] for x in held),
+            error=sum(x["error"] for x in held) / len(held),
+            before=sum(x["before"] for x in held),
+            after=sum(x["after"] for x in held),
+            fallbacks=sum(bool(x["counts"].get("fallbacks")) for x in held),
+        )
+        for (role, grid), held in alike.items()
+    ]

@@ -1,0 +1,1 @@
+"""Compressed models ready to run, through transformers."""

@@ -1,0 +1,104 @@
+"""Load a packed checkpoint as a transformers model, packed or decoded to an ordinary one."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
+
+from aptq.kernels.dispatch import Choice
+from aptq.model.model import build_skeleton
+from aptq.model.normalise import Experts, Joined
+from aptq.runtime.hf import register
+from aptq.runtime.linear import PackedLinear
+from aptq.store.checkpoint import Checkpoint
+
+
+def load(
+    folder: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    kernel: Choice = "auto",
+) -> PreTrainedModel:
+    """The model of a run or checkpoint folder, in eval mode, with packed weights in memory.
+
+    `dtype` is that of activations and of what was kept (None: the checkpoint's).  "auto" lets the
+    fastest kernels take over the storage, "reference" decodes exactly what is stored.  Raises
+    ValueError where there is no checkpoint, Corrupt for one that is damaged.
+    """
+    register()
+    checkpoint = Checkpoint.open(folder)
+    config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+    config.quantization_config = {**config.quantization_config, "kernel": kernel}
+    on = torch.device(device)
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder,
+            config=config,
+            dtype="auto" if dtype is None else dtype,
+            device_map=None if on.type == "cpu" else {"": on},
+            local_files_only=True,
+            use_safetensors=True,
+        )
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    assert isinstance(model, PreTrainedModel), type(model)
+    return model
+
+
+def dense(folder: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The same model decoded: an ordinary transformers model on the CPU, as large as the original.
+
+    Its modules and names are those of the original, so it can be saved and converted.
+    """
+    packed = load(folder, dtype=dtype, kernel="reference")
+    config = copy.deepcopy(packed.config)
+    del config.quantization_config
+    model = build_skeleton(config, packed.dtype)
+    state = _decoded(packed)
+    _fuse(state, packed)
+    for path, module in model.named_modules():
+        if isinstance(module, Conv1D):
+            state[f"{path}.weight"] = state[f"{path}.weight"].T.contiguous()
+    model.load_state_dict(state, assign=True)
+    model.tie_weights()
+    return model
+
+
+def _decoded(packed: nn.Module) -> dict[str, Tensor]:
+    """State dict of the normalised model with weights in place of parts."""
+    state = {name: t for name, t in packed.state_dict().items() if ".parts." not in name}
+    dtype = next(packed.parameters()).dtype
+    for path, module in packed.named_modules():
+        if isinstance(module, PackedLinear):
+            state[f"{path}.weight"] = module.dense(dtype)
+    return state
+
+
+def _fuse(state: dict[str, Tensor], packed: nn.Module) -> None:
+    """Undo normalisation: put joined linears and experts together again under their old names."""
+    for path, module in packed.named_modules():
+        roles = [name for name, _ in module.named_children()]
+        if isinstance(module, Joined):
+            for leaf in ("weight", "bias"):
+                names = [f"{path}.{role}.{leaf}" for role in roles]
+                if names[0] in state:
+                    state[f"{path}.{leaf}"] = torch.cat([state.pop(name) for name in names])
+        elif isinstance(module, Experts):
+            numbers = [role for role in roles if role.isdigit()]
+            linears = {
+                kind: [state.pop(f"{path}.{n}.{kind}_proj.weight") for n in numbers]
+                for kind in ("gate", "up", "down")
+            }
+            pairs = zip(linears["gate"], linears["up"], strict=True)
+            state[f"{path}.gate_up_proj"] = torch.stack([torch.cat(pair) for pair in pairs])
+            state[f"{path}.down_proj"] = torch.stack(linears["down"])

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: exact sizes before the run, crash-safe writing, checked reading."""

@@ -1,0 +1,189 @@
+"""What people see: progress on stderr, tables on stdout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
+
+from aptq.contents import Contents, Entry
+from aptq.pipeline import Step
+from aptq.report.summary import Summary
+
+
+def quiet_libraries() -> None:
+    """Turn off the progress bars of transformers: this program shows its own."""
+    disable_progress_bar()
+
+
+class Display:
+    """Progress bars with the time left; lines of text go above them.  `quiet` shows nothing."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self.quiet = quiet
+        self.console = Console(stderr=True)
+        self.progress = Progress(
+            TextColumn("{task.description:<14}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=quiet,
+        )
+        self.tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Self:
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.progress.stop()
+
+    def __call__(self, event: Step | str) -> None:
+        """Show one event of the pipeline."""
+        if isinstance(event, str):
+            if not self.quiet:
+                self.console.print(event, highlight=False, soft_wrap=True)
+            return
+        if event.phase not in self.tasks:
+            # one unit tells nothing about the time left: a moving bar instead
+            total = event.total if event.total > 1 else None
+            self.tasks[event.phase] = self.progress.add_task(event.phase, total=total)
+        self.progress.update(
+            self.tasks[event.phase],
+            completed=event.done,
+            total=event.total if event.total > 1 or event.done else None,
+        )
+
+
+def size(nbytes: int) -> str:
+    """Bytes for people: "98.4 MiB"."""
+    value, units = float(nbytes), iter(("B", "KiB", "MiB", "GiB"))
+    unit = next(units)
+    for larger in units:
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.4g} {unit}"
+
+
+def _table(title: str, words: Sequence[str], numbers: Sequence[str]) -> Table:
+    """An empty table: columns of words to the left, of numbers to the right."""
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1), pad_edge=False)
+    for name in words:
+        table.add_column(name, no_wrap=True)
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def show_summary(summary: Summary) -> None:
+    """The final table of a run."""
+    numbers = ("layers", "bits", "error", "before", "after", "rescues")
+    table = _table(summary.source, ("role", "grid"), numbers)
+    for row in summary.rows:
+        table.add_row(
+            row.role,
+            row.grid,
+            str(row.layers),
+            f"{row.bits:.4f}",
+            f"{row.error:.2e}",
+            size(row.before),
+            size(row.after),
+            str(row.fallbacks),
+        )
+    table.add_row(
+        "checkpoint",
+        "",
+        str(summary.layers),
+        f"{summary.bits:.4f}",
+        "",
+        size(summary.bytes_before),
+        size(summary.bytes_after),
+        str(summary.fallbacks),
+        style="bold",
+    )
+    console = Console()
+    console.print(table)
+    lines = [f"{summary.seconds:.1f} s, {summary.tokens:,} calibration tokens"]
+    lines += [f"{summary.fallbacks} of {summary.layers} layers needed a numerical rescue"]
+    noted = ", ".join(f"{name} {count:g}" for name, count in sorted(summary.counts.items()))
+    lines += [f"reported by the stages: {noted}"] if noted else []
+    console.print("\n".join(lines), highlight=False)
+
+
+def show_evaluation(result: dict[str, Any]) -> None:
+    """Perplexity before and after, and the divergence."""
+    title = f"{result['text']}: {result['windows']} windows of {result['window']} tokens"
+    compared = result["reference"] is not None
+    more = ("KL to the original", "same top token") if compared else ()
+    table = _table(title, (), ("perplexity", *more))
+    table.add_column("model", overflow="fold")
+    if compared:
+        reference = result["reference"]
+        table.add_row(f"{reference['perplexity']:.3f}", "", "", reference["model"])
+    cells = (f"{result['kl']:.4f}", f"{100 * result['agreement']:.1f} %") if compared else ()
+    table.add_row(f"{result['perplexity']:.3f}", *cells, result["model"])
+    Console().print(table)
+
+
+def show_contents(found: Contents, *, layers: bool) -> None:
+    """What is in a checkpoint; with `layers` line by line."""
+    console = Console()
+    lines = [
+        f"{found.source} ({found.model_type}), written by aptq {found.package}",
+        f"{found.bits:.4f} bits per weight, {found.nbytes:,} bytes",
+    ]
+    lines += ["every hash is right"] if found.verified else []
+    console.print("\n".join(lines), highlight=False)
+    if layers or found.run is None:
+        table = _table("", ("layer", "grid"), ("bits", "bytes", "error"))
+        for line in found.layers:
+            error = "" if line.error is None else f"{line.error:.3e}"
+            table.add_row(line.name, line.grid, f"{line.bits:.4f}", f"{line.nbytes:,}", error)
+        console.print(table)
+    if found.run is not None:
+        show_summary(found.run)
+        if found.run.evaluation is not None:
+            show_evaluation(found.run.evaluation)
+
+
+def show_catalogue(entries: Sequence[Entry], recipes: Sequence[str], *, markdown: bool) -> None:
+    """Methods with their options, on the terminal or as Markdown for docs/methods.md."""
+    if markdown:
+        print("# Methods\nGenerated by `aptq list --markdown` from the dataclasses.")
+        for entry in entries:
+            print(f"\n## {entry.name} ({entry.family})\n{entry.about}\n")
+            print("| option | type | default | meaning |\n|---|---|---|---|")
+            for name, kind, default, why in entry.options:
+                print(f"| {name} | {kind.replace('|', 'or')} | {default} | {why} |")
+        return
+    console = Console()
+    for entry in entries:
+        console.print(f"[bold]{entry.name}[/] ({entry.family}): {entry.about}", highlight=False)
+        table = Table(box=None, show_header=False)
+        for option in entry.options:
+            name = f"{option.name} = {option.default}" if option.default else option.name
+            table.add_row(name, option.kind, option.why)
+        console.print(table)
+    console.print(f"recipes: {', '.join(recipes)}", highlight=False)

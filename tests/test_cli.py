@@ -1,0 +1,300 @@
+"""The command line: options that stay, files that appear, exit codes, a line for each mistake."""
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from typer.main import get_command
+from typer.testing import CliRunner, Result
+
+from aptq import failures
+from aptq.cli import app, exit_code
+from aptq.recipe import Recipe
+from tests.tiny import tiny_model
+
+COMMON = {"--debug", "--help", "--json"}
+OPTIONS = {
+    "compress": {
+        *COMMON,
+        "--budget",
+        "--data",
+        "--device",
+        "--grid",
+        "--keep",
+        "--length",
+        "--out",
+        "--plan",
+        "--recipe",
+        "--revision",
+        "--samples",
+        "--seed",
+        "--strict",
+    },
+    "eval": {
+        *COMMON,
+        "--data",
+        "--device",
+        "--length",
+        "--reference",
+        "--revision",
+        "--windows",
+    },
+    "generate": {
+        *COMMON,
+        "--device",
+        "--raw",
+        "--revision",
+        "--seed",
+        "--temperature",
+        "--tokens",
+    },
+    "info": {*COMMON, "--layers", "--verify"},
+    "list": {*COMMON, "--markdown"},
+}
+SMALL = ["--samples", "2", "--length", "16"]
+
+
+def run(*words: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model("llama", tmp_path_factory.mktemp("cli"))
+
+
+@pytest.fixture(scope="module")
+def compressed(model: Path) -> Path:
+    out = model.parent / "compressed"
+    done = run("compress", model, "--grid", "int4-g16-z", "--out", out, "--recipe", "gptq", *SMALL)
+    assert done.exit_code == 0, done.output
+    return out
+
+
+def test_options_are_frozen() -> None:
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    found = {
+        name: {text for option in command.params for text in option.opts if text[0] == "-"}
+        | {"--help"}
+        for name, command in commands.items()
+    }
+    assert found == OPTIONS
+
+
+def test_every_command_explains_itself() -> None:
+    for name in OPTIONS:
+        done = run(name, "--help")
+        assert done.exit_code == 0
+        assert "Usage" in done.output
+
+
+def test_version() -> None:
+    assert run("--version").output.startswith("aptq ")
+
+
+def test_compress_writes_a_run_folder(compressed: Path) -> None:
+    names = {path.name for path in compressed.iterdir()}
+    assert names == {"recipe.toml", "plan.json", "log.jsonl", "README.md", "checkpoint"}
+    assert not compressed.with_name(compressed.name + ".partial").exists()
+    carried = {path.name for path in (compressed / "checkpoint").iterdir()}
+    assert carried >= {"aptq.json", "config.json", "tokenizer.json", "generation_config.json"}
+    events = [json.loads(line) for line in (compressed / "log.jsonl").read_text().splitlines()]
+    assert events[0]["data"]["tokens_used"] == 32
+    assert events[0]["bytes_predicted"] == events[-1]["bytes_after"]
+    assert sum(event["event"] == "layer" for event in events) == 14
+
+
+def test_recipe_and_plan_repeat_the_run(model: Path, compressed: Path, tmp_path: Path) -> None:
+    words = ["--recipe", compressed / "recipe.toml", "--plan", compressed / "plan.json"]
+    done = run("compress", model, "--out", tmp_path / "again", *words)
+    assert done.exit_code == 0, done.output
+    for file in (compressed / "checkpoint").iterdir():
+        assert file.read_bytes() == (tmp_path / "again" / "checkpoint" / file.name).read_bytes()
+
+
+def test_budget_prints_both_figures(model: Path, tmp_path: Path) -> None:
+    done = run("compress", model, "--budget", "5bpw", "--recipe", "rtn", "--out", tmp_path / "x")
+    assert done.exit_code == 0, done.output
+    assert "budget 5bpw: int4-g32-z, 4.8586 bpw" in done.output
+    assert "none of the stages needs data" in done.output
+
+
+def test_keep_leaves_layers_alone(model: Path, tmp_path: Path) -> None:
+    words = ["--grid", "int4-row", "--recipe", "rtn", "--keep", "*.o_proj", "--keep", "*down_proj"]
+    done = run("compress", model, "--out", tmp_path / "x", "--json", *words)
+    assert done.exit_code == 0, done.output
+    rows = {row["role"]: row for row in json.loads(done.stdout)["rows"]}
+    assert [role for role, row in rows.items() if row["grid"] == "keep"] == ["o", "down"]
+    assert rows["o"]["before"] == rows["o"]["after"]
+    assert Recipe.load(tmp_path / "x" / "recipe.toml").keep == ("*.o_proj", "*down_proj")
+
+
+def test_data_from_the_model_itself(model: Path, tmp_path: Path) -> None:
+    words = ["--grid", "int4-row", "--data", "self", "--recipe", "gptq", "--json", *SMALL]
+    done = run("compress", model, "--out", tmp_path / "x", *words)
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["tokens"] == 32
+
+
+def test_eval_compares_and_remembers(model: Path, compressed: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(compressed, tmp_path / "run")
+    words = ["--reference", model, "--windows", "2", "--length", "32"]
+    done = run("eval", copy, "--json", *words)
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout)
+    assert result == json.loads((copy / "eval.json").read_text())
+    assert result["windows"] == 2
+    assert result["kl"] > 0
+    assert "Perplexity on builtin:pydoc" in (copy / "README.md").read_text()
+    original = json.loads(run("eval", model, "--json", *words[2:]).stdout)
+    assert original["perplexity"] == pytest.approx(result["reference"]["perplexity"])
+    assert original["reference"] is None
+    assert "perplexity" in run("eval", model, *words[2:]).output
+
+
+def test_generate_is_deterministic(compressed: Path) -> None:
+    words = ["generate", compressed, "Hello", "--tokens", "6", "--temperature", "1", "--json"]
+    texts = [json.loads(run(*words, "--seed", seed).stdout)["text"] for seed in "001"]
+    assert texts[0] == texts[1] != texts[2]
+    assert run("generate", compressed, "Hello", "--tokens", "2", "--raw").exit_code == 0
+    assert run("generate", compressed, "").exit_code == 2
+
+
+def test_info_shows_what_is_stored(compressed: Path) -> None:
+    found = json.loads(run("info", compressed, "--verify", "--json").stdout)
+    assert found["nbytes"] == sum(f.stat().st_size for f in (compressed / "checkpoint").iterdir())
+    assert len(found["layers"]) == 14
+    assert all(layer["error"] > 0 for layer in found["layers"])
+    bare = json.loads(run("info", compressed / "checkpoint", "--json").stdout)
+    assert bare["run"] is None
+    assert bare["bits"] == found["bits"]
+    assert "down_proj" in run("info", compressed, "--layers").output
+    assert "every hash is right" in run("info", compressed, "--verify").output
+
+
+def test_list_shows_methods() -> None:
+    found = json.loads(run("list", "--json").stdout)
+    assert {"gptq", "hqq", "rtn"} <= {entry["name"] for entry in found["methods"]}
+    assert "best" in found["recipes"]
+    assert "damp = 0.01" in run("list", "gptq").output
+    assert "| damp | float | 0.01 |" in run("list", "--markdown").output
+    assert "did you mean 'gptq'" in run("list", "gptqq").output
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        ([], 2, "how small the model shall become is not said"),
+        (["--grid", "int4", "--recipe", "rtn"], 2, "not a grid"),
+        (["--budget", "4 bits"], 2, "not a budget"),
+        (["--budget", "0.5bpw"], 3, "no grid fits"),
+        (["--grid", "int8-row", "--budget", "20kB"], 3, "no grid fits"),
+        (["--grid", "int4-row", "--recipe", "bset"], 2, "did you mean 'best'"),
+        (["--grid", "int4-row", "--plan", "plan.json"], 2, "a plan leaves nothing to choose"),
+        (["--plan", "none.json"], 2, "No such file"),
+        (["--grid", "int4-row", "--keep", "*.nothing"], 2, "matches no layer"),
+        (["--grid", "int4-row", "--data", "none.txt"], 2, "does not exist"),
+        (["--grid", "int4-row", "--samples", "0"], 2, "samples >= 1"),
+        (["--grid", "int4-row", "--samples", "99999999", "--length", "16"], 2, "too short"),
+        (["--grid", "int4-row", "--length", "512"], 2, "longer than the model allows"),
+        (["--grid", "int4-row", "--device", "cuda:77"], 2, "no device 'cuda:77'"),
+        (["--grid", "int4-row", "--device", "abacus"], 2, "no device 'abacus'"),
+    ],
+)
+def test_mistakes(model: Path, tmp_path: Path, words: list[str], code: int, message: str) -> None:
+    done = run("compress", model, "--out", tmp_path / "x", *words)
+    assert (done.exit_code, message in done.output) == (code, True), done.output
+    assert "Traceback" not in done.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_output_folder_must_be_new(model: Path, tmp_path: Path) -> None:
+    words = ["--grid", "int4-row", "--recipe", "rtn"]
+    assert "output and input are the same" in run("compress", model, "--out", model, *words).output
+    (tmp_path / "file").write_text("here")
+    assert "is a file" in run("compress", model, "--out", tmp_path / "file", *words).output
+    assert "is not empty" in run("compress", model, "--out", tmp_path, *words).output
+    (tmp_path / "leer und ä").mkdir()
+    done = run("compress", model, "--out", tmp_path / "leer und ä", *words)
+    assert done.exit_code == 0, done.output
+
+
+def test_damage_is_found(compressed: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(compressed, tmp_path / "run")
+    shard = copy / "checkpoint" / "model-00001-of-00003.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    assert run("info", copy).exit_code == 0
+    assert run("info", copy, "--verify").exit_code == 6
+    shard.write_bytes(data[:-8])
+    for words in (["info", copy], ["eval", copy], ["generate", copy, "x"]):
+        assert run(*words).exit_code == 6
+    assert run("info", tmp_path).exit_code == 2
+
+
+def test_strict_refuses_rescues(model: Path, tmp_path: Path) -> None:
+    """One token repeated gives a Hessian of rank one, which has no factor without damping."""
+    recipe = tmp_path / "r.toml"
+    recipe.write_text("[[stage]]\nuse = 'gptq'\ndamp = 0.0\n")
+    (tmp_path / "a.txt").write_text("a" * 64)
+    words = ["--grid", "int4-row", "--recipe", recipe, "--data", tmp_path / "a.txt", *SMALL]
+    loose = run("compress", model, "--out", tmp_path / "loose", "--json", *words)
+    assert loose.exit_code == 0, loose.output
+    assert json.loads(loose.stdout)["fallbacks"] > 0
+    strict = run("compress", model, "--out", tmp_path / "strict", "--strict", *words)
+    assert (strict.exit_code, "numerical rescue" in strict.output) == (5, True)
+    assert not (tmp_path / "strict").exists()
+    assert not (tmp_path / "strict.partial").exists()
+
+
+def test_full_disk(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    words = ["--grid", "int4-row", "--recipe", "rtn", "--out", tmp_path / "x"]
+    done = run("compress", model, *words)
+    assert (done.exit_code, "1,000 free" in done.output) == (4, True), done.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_the_exception(model: Path, tmp_path: Path) -> None:
+    done = run("compress", model, "--out", tmp_path / "x", "--grid", "int9", "--debug")
+    assert isinstance(done.exception, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ValueError(), 2),
+        (FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)), 2),
+        (failures.Infeasible(), 3),
+        (failures.Shortage(), 4),
+        (MemoryError(), 4),
+        (torch.OutOfMemoryError(), 4),
+        (OSError(errno.ENOSPC, "full"), 4),
+        (failures.Unsound(), 5),
+        (failures.Corrupt(), 6),
+        (KeyboardInterrupt(), 130),
+        (AssertionError(), 1),
+    ],
+)
+def test_exit_codes(error: BaseException, code: int) -> None:
+    assert exit_code(error) == code
+
+
+def test_a_defect_names_its_place(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise KeyError("lost")
+
+    monkeypatch.setattr("aptq.pipeline.choose", broken)
+    done = run("compress", model, "--out", tmp_path / "x", "--grid", "int4-row", "--recipe", "rtn")
+    assert done.exit_code == 1
+    assert "unexpected KeyError" in done.output
+    assert "at test_cli.py, line" in done.output
+    assert list(tmp_path.iterdir()) == []
