@@ -107,9 +107,14 @@ def _release_files(model: torch.nn.Module) -> None:
     One norm that stays mapped keeps the whole shard mapped, and the pages of codes that kernels
     have copied would count as resident twice.
     """
-    for tensor in [*model.parameters(), *model.buffers()]:
-        if tensor.device.type == "cpu":
-            tensor.data = tensor.data.clone()
+    from aptq.kernels.reference import Kernel, Reference
+
+    for module in model.modules():
+        if isinstance(module, Kernel) and not isinstance(module, Reference):
+            continue  # has copied already
+        for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+            if tensor.device.type == "cpu":
+                tensor.data = tensor.data.clone()
 
 
 def register() -> None:

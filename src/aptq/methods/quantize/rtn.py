@@ -19,9 +19,8 @@ from aptq.engine.stage import Stage, methods
 class RTN(Stage):
     """Round to nearest, the floor that every other method has to beat."""
 
-    clip: float = (
-        1.0  # smallest share of a group's range that is tried; 1.0 = min-max, the usual RTN
-    )
+    # smallest share of a group's range that is tried; 1.0 = min-max, what RTN usually means
+    clip: float = 1.0
 
     def __post_init__(self) -> None:
         """Raise ValueError for a share out of range."""
