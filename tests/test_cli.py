@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -55,6 +56,7 @@ OPTIONS = {
     "info": {*COMMON, "--layers", "--verify"},
     "list": {*COMMON, "--markdown"},
 }
+ROOT = Path(__file__).parents[1]
 SMALL = ["--samples", "2", "--length", "16"]
 
 
@@ -83,6 +85,24 @@ def test_options_are_frozen() -> None:
         for name, command in commands.items()
     }
     assert found == OPTIONS
+
+
+def test_documents_name_real_options() -> None:
+    known = {option for options in OPTIONS.values() for option in options}
+    for name in ("README.md", "Makefile", "docs/design.md"):
+        lines = (ROOT / name).read_text("utf-8").splitlines()
+        used = [
+            line.partition("aptq ")[2].split("#")[0].split() for line in lines if "aptq " in line
+        ]
+        for words in used:
+            if words and words[0] in OPTIONS:
+                assert {word for word in words if word[:2] == "--"} <= OPTIONS[words[0]], words
+        assert set(re.findall(r"`(--[a-z]+)", "\n".join(lines))) <= known
+
+
+def test_list_of_methods_is_up_to_date() -> None:
+    """After a change of options: make docs."""
+    assert (ROOT / "docs" / "methods.md").read_text("utf-8") == run("list", "--markdown").stdout
 
 
 def test_every_command_explains_itself() -> None:
@@ -195,6 +215,7 @@ def test_list_shows_methods() -> None:
         (["--grid", "int8-row", "--budget", "20kB"], 3, "no grid fits"),
         (["--grid", "int4-row", "--recipe", "bset"], 2, "did you mean 'best'"),
         (["--grid", "int4-row", "--plan", "plan.json"], 2, "a plan leaves nothing to choose"),
+        (["--keep", "*", "--plan", "plan.json"], 2, "a plan leaves nothing to choose"),
         (["--plan", "none.json"], 2, "No such file"),
         (["--grid", "int4-row", "--keep", "*.nothing"], 2, "matches no layer"),
         (["--grid", "int4-row", "--data", "none.txt"], 2, "does not exist"),

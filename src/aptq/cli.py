@@ -6,6 +6,7 @@ under --strict, 6 damaged checkpoint, 130 interrupted.  An error is three lines,
 
 import errno
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +26,10 @@ app = typer.Typer(
 
 FULL = (errno.ENOMEM, errno.ENOSPC, errno.EDQUOT)
 
-Source = Annotated[str, typer.Argument(help="Folder, hub id, .gguf file or compressed run")]
+Original = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id or .gguf file")]
+Source = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Folder, hub id, .gguf file or compressed run")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 Revision = Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub id")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else")]
@@ -49,7 +53,7 @@ def common(
 
 @app.command()
 def compress(
-    model: Source,
+    model: Original,
     out: Annotated[Path, typer.Option(help="New run folder")],
     grid: Annotated[str | None, typer.Option(help="Grid of all layers, such as int4-g64-z")] = None,
     budget: Annotated[str | None, typer.Option(help="4bpw, 110MB or 4.2GiB")] = None,
@@ -72,7 +76,7 @@ def compress(
 ) -> None:
     """Compress MODEL into a run folder: recipe, plan, log, model card and packed checkpoint."""
     with _guard(debug):
-        _one_of(grid, budget, plan, recipe)
+        _one_size(grid, budget, plan, keep, recipe)
         from aptq import pipeline
         from aptq.core.plan import Plan
         from aptq.recipe import Recipe
@@ -214,12 +218,14 @@ def list_methods(
             show_catalogue(entries, recipes, markdown=markdown)
 
 
-def _one_of(grid: str | None, budget: str | None, plan: Path | None, recipe: str) -> None:
+def _one_size(
+    grid: str | None, budget: str | None, plan: Path | None, keep: list[str] | None, recipe: str
+) -> None:
     """A size has to come from somewhere, and from one place."""
-    if plan is not None and (grid is not None or budget is not None):
+    if plan is not None and (grid is not None or budget is not None or keep):
         raise ValueError(
-            "a plan leaves nothing to choose\n--plan was given with --grid or --budget\n"
-            "give one of them"
+            "a plan leaves nothing to choose\n--plan was given with --grid, --budget or --keep\n"
+            "give the plan alone, or leave it out"
         )
     if (grid, budget, plan) == (None, None, None) and not recipe.endswith(".toml"):
         raise ValueError(
@@ -285,4 +291,7 @@ def _place(error: BaseException) -> str:
 
 def main() -> None:
     """Run the command line of this process."""
+    # OpenMP's threads spin while they wait; on a busy machine they then starve each other (161 s
+    # instead of 39 s measured).  Read when torch is loaded, so it has to be said before.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app(prog_name="aptq" if Path(sys.argv[0]).name == "__main__.py" else None)

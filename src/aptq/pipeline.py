@@ -53,8 +53,7 @@ class Step:
 Report = Callable[[Step | str], None]  # progress, or a line that a person should see
 
 
-def _silent(event: Step | str) -> None:
-    """The default report."""
+def _silent(event: Step | str) -> None: ...
 
 
 def choose(model: Model, recipe: Recipe, given: Plan | None = None) -> Choice:
@@ -114,8 +113,8 @@ def compress(
         report(Step("open the model", 1, 1))
         choice = choose(model, chosen, plan)
         report(_decision(choice, chosen, plan))
-        run.reserve(choice.nbytes)
         batches = _calibration(model, chosen.data, source, revision, on) if calibrated else None
+        run.reserve(choice.nbytes + _states_bytes(model, batches))
         report(f"calibration: {batches or 'none of the stages needs data'}")
         chosen.dump(run.path / "recipe.toml")
         choice.plan.save(run.path / "plan.json")
@@ -168,6 +167,12 @@ def _decision(choice: Choice, recipe: Recipe, given: Plan | None) -> str:
     asked = f"budget {recipe.budget}: " if recipe.budget and given is None else ""
     grid = "as given" if choice.grid is None else str(choice.grid)
     return f"plan: {asked}{grid}, {choice.bits:.4f} bpw, {choice.nbytes:,} bytes"
+
+
+def _states_bytes(model: Model, batches: Batches | None) -> int:
+    """Size of the hidden states of all windows, which may have to lie on the disk."""
+    width: int = model.config.get_text_config().hidden_size
+    return 0 if batches is None else batches.ids.numel() * width * model.dtype.itemsize
 
 
 def _recipe(recipe: Recipe | str) -> Recipe:
@@ -259,7 +264,9 @@ def assess(
     began, on = time.perf_counter(), find_device(device)
     text = data or Data()
     check_source(text)
+    report(Step("load the model", 0, 1))
     model, tokenizer = open_any(source, on, revision=revision)
+    report(Step("load the model", 1, 1))
     ids, _ = token_stream(text, tokenizer)
     if text.source == "builtin:pydoc":
         windows = windows or BUILTIN_WINDOWS
@@ -283,12 +290,8 @@ def assess(
     result |= {"perplexity": found.ppl, "nll": found.nll}
     result |= {"windows": found.windows, "predictions": found.tokens}
     result["seconds"] = round(time.perf_counter() - began, 3)
-    _keep(Path(source), result)
+    run = Path(source)
+    if (run / "log.jsonl").is_file():
+        (run / "eval.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+        card.write(run)
     return result
-
-
-def _keep(source: Path, result: dict[str, Any]) -> None:
-    """Write eval.json and the card again if `source` is a run folder."""
-    if (source / "log.jsonl").is_file():
-        (source / "eval.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-        card.write(source)

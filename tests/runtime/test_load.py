@@ -105,6 +105,20 @@ def test_fast_kernels_take_over_and_stay_small(wide: Path) -> None:
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+@pytest.mark.parametrize("text", ["int4-g32-z", "int3-g7", "int8-row", "bf16"])
+def test_no_file_stays_mapped(wide: Path, tmp_path: Path, text: str) -> None:
+    folder = pack(wide.parent / "source", tmp_path / "out", text).folder
+    model = load(folder)
+    assert len(packed_layers(model)) == 14
+    assert str(folder) not in Path("/proc/self/maps").read_text()
+
+
+def test_ties_survive_loading(tmp_path: Path) -> None:
+    model = load(pack(tiny_model("qwen2", tmp_path), tmp_path / "out").folder)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_dtype_leaves_codes_and_scales_alone(wide: Path, dtype: torch.dtype) -> None:
     model = load(wide, dtype=dtype, kernel="reference")
@@ -229,6 +243,25 @@ def test_a_tampered_manifest_is_refused_by_our_loader(copy: Path) -> None:
     path.write_text(path.read_text().replace('"int4-g32-z"', '"int4-g32-fz"'))
     with pytest.raises(Corrupt, match="different plans"):
         load(copy)
+
+
+@pytest.mark.parametrize("device_map", [None, "auto", "cpu", {"": "cpu"}])
+def test_config_and_shards_suffice(copy: Path, device_map: Any) -> None:
+    wanted = logits(load(copy))
+    (copy / "aptq.json").unlink()
+    found = AutoModelForCausalLM.from_pretrained(copy, device_map=device_map)
+    assert torch.equal(logits(found), wanted)
+    with pytest.raises(ValueError, match="no checkpoint here"):
+        load(copy)
+
+
+def test_offloading_is_refused(copy: Path, tmp_path: Path) -> None:
+    parts = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu"}
+    device_map = {**parts, "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    with pytest.raises(ValueError, match=r"(?s)cannot be offloaded.*device_map"):
+        AutoModelForCausalLM.from_pretrained(
+            copy, device_map=device_map, offload_folder=tmp_path / "offload"
+        )
 
 
 def test_an_ordinary_model_is_no_checkpoint(tmp_path: Path) -> None:

@@ -174,7 +174,7 @@ class Int8(Kernel):
         assert isinstance(part, Quantized), type(part)
         out, groups = part.scale.shape
         codes = (part.unpacked() ^ 128).view(torch.int8).view(out, groups, -1)
-        return cls(codes.transpose(0, 1).contiguous(), part.scale.T.contiguous(), part.shape)
+        return cls(codes.transpose(0, 1).contiguous(), part.scale.T.clone(), part.shape)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x bfloat16 [rows, in] -> [rows, out]."""

@@ -42,13 +42,7 @@ def text(summary: Summary, recipe: str) -> str:
         f"- Layers that needed a numerical rescue: {summary.fallbacks} of {summary.layers}",
         *_evaluation(summary),
         "",
-        "| layers | grid | count | bits | relative error | MiB before | MiB after |",
-        "|---|---|---|---|---|---|---|",
-        *(
-            f"| {row.role} | {row.grid} | {row.layers} | {row.bits:.4f} | {row.error:.3e} "
-            f"| {row.before / MIB:.2f} | {row.after / MIB:.2f} |"
-            for row in summary.rows
-        ),
+        *_rows(summary),
         "",
         "## Recipe",
         "```toml",
@@ -72,3 +66,15 @@ def _evaluation(summary: Summary) -> list[str]:
             f"the same most likely token at {100 * found['agreement']:.1f} % of positions"
         )
     return lines
+
+
+def _rows(summary: Summary) -> list[str]:
+    return [
+        "| layers | grid | count | bits | relative error | MiB before | MiB after |",
+        "|---|---|---|---|---|---|---|",
+        *(
+            f"| {row.role} | {row.grid} | {row.layers} | {row.bits:.4f} | {row.error:.3e} "
+            f"| {row.before / MIB:.2f} | {row.after / MIB:.2f} |"
+            for row in summary.rows
+        ),
+    ]

@@ -105,16 +105,24 @@ def _release_files(model: torch.nn.Module) -> None:
     """Copy what still lies in memory-mapped files.
 
     One norm that stays mapped keeps the whole shard mapped, and the pages of codes that kernels
-    have copied would count as resident twice.
+    have copied would count as resident twice.  Tensors are replaced, not refilled: a view of a
+    mapped tensor refers to it whatever its data.
     """
+    from torch import nn
+
     from aptq.kernels.reference import Kernel, Reference
 
+    copies: dict[int, nn.Parameter] = {}  # tied parameters stay one
     for module in model.modules():
         if isinstance(module, Kernel) and not isinstance(module, Reference):
             continue  # has copied already
-        for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
-            if tensor.device.type == "cpu":
-                tensor.data = tensor.data.clone()
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.device.type == "cpu":
+                fresh = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+                module._parameters[name] = copies.setdefault(id(parameter), fresh)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device.type == "cpu":
+                module._buffers[name] = buffer.clone()
 
 
 def register() -> None:
