@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import cProfile
-import functools
 import hashlib
 import json
 import pstats
@@ -17,7 +16,6 @@ import tomllib
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import common
 import torch
@@ -85,7 +83,10 @@ def sha256_recipe(recipe: Any) -> str:
     return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
 
 
-def calibration_of(recipe: Any) -> dict[str, Any]:
+def calibration_of(recipe: Any) -> dict[str, Any] | None:
+    """What the recipe's stages read; None where they need no data."""
+    if not any(stage.needs() for stage in recipe.stages):
+        return None
     tokens = recipe.data.samples * recipe.data.length
     return {"file": Path(recipe.data.source).name, "tokens": tokens, "window": recipe.data.length}
 
@@ -95,14 +96,12 @@ def compress(
 ) -> dict[str, Any]:
     """Compress `model` into run folder `out`; seconds of the whole call, bytes written.
 
-    The package puts activations on disk when memory is short; "disk" makes it do so here.
+    activations: "disk" puts the hidden states there even where memory would do.
     """
     from aptq import pipeline
 
-    placed = functools.partial(pipeline.open_stream, where=activations)
     start, cpu = time.perf_counter(), time.process_time()
-    with mock.patch.object(pipeline, "open_stream", placed):
-        done = pipeline.compress(model, out, recipe=recipe, device=device)
+    done = pipeline.compress(model, out, recipe=recipe, device=device, activations=activations)
     if device.startswith("cuda"):
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start

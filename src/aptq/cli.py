@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -71,6 +71,9 @@ def compress(
     strict: Annotated[
         bool, typer.Option("--strict", help="Stop where a layer needs a numerical rescue")
     ] = False,
+    activations: Annotated[
+        Literal["auto", "memory", "disk"], typer.Option(help="Where the hidden states lie")
+    ] = "auto",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -101,6 +104,7 @@ def compress(
                 device=device,
                 revision=revision,
                 strict=strict,
+                activations=activations,
                 report=display,
             )
         if as_json:

@@ -23,7 +23,7 @@ from aptq.core.grid import Grid
 from aptq.core.plan import Plan
 from aptq.engine.block import Block
 from aptq.engine.data import Batches, Data, check_source, limits_of, token_stream, tokens
-from aptq.engine.stream import Stream, open_stream
+from aptq.engine.stream import Stream, Where, open_stream
 from aptq.engine.walk import Progress, walk
 from aptq.evaluate.divergence import divergence
 from aptq.evaluate.perplexity import perplexity
@@ -95,12 +95,15 @@ def compress(
     device: str = "auto",
     revision: str | None = None,
     strict: bool = False,
+    activations: Where = "auto",
     report: Report = _silent,
 ) -> Summary:
     """Compress the model `source` into the new run folder `out`.
 
     `plan` replaces the recipe's choice of grids; `strict` raises Unsound where a layer needs a
-    rescue.  Raises ValueError for anything wrong with the inputs, before any weight is read.
+    rescue; `activations` says where the hidden states lie ("auto": in memory while they are small
+    beside what is free, else on the disk).  Raises ValueError for anything wrong with the inputs,
+    before any weight is read.
     """
     began = time.perf_counter()
     chosen, on = _recipe(recipe), find_device(device)
@@ -119,7 +122,8 @@ def compress(
         chosen.dump(run.path / "recipe.toml")
         choice.plan.save(run.path / "plan.json")
         run.log("start", _start(model, choice, batches, on))
-        _walk(run, model, chosen, choice.plan, batches, on, strict, report)
+        states = _stream(model, batches, on, run.work, activations)
+        _walk(run, model, chosen, choice.plan, states, strict, report)
         written = sum(file.stat().st_size for file in run.checkpoint.iterdir())
         assert written == choice.nbytes, f"predicted {choice.nbytes} bytes, wrote {written}"
         Checkpoint.open(run.checkpoint)  # as any reader will, before it gets its name
@@ -135,8 +139,7 @@ def _walk(
     model: Model,
     recipe: Recipe,
     plan: Plan,
-    batches: Batches | None,
-    device: torch.device,
+    states: Stream,
     strict: bool,
     report: Report,
 ) -> None:
@@ -154,7 +157,6 @@ def _walk(
         run.log("block", {"block": done.block, "seconds": round(done.seconds, 3)})
         report(Step("compress", done.block + 1, done.blocks))
 
-    states = _stream(model, batches, device, run.work)
     report(Step("compress", 0, model.blocks))
     stages = recipe.stages
     walk(model, states, stages, plan, order=recipe.order, sink=sink, report=progress)
@@ -179,10 +181,12 @@ def _recipe(recipe: Recipe | str) -> Recipe:
     return Recipe.load(recipe) if isinstance(recipe, str) else recipe
 
 
-def _stream(model: Model, batches: Batches | None, device: torch.device, folder: Path) -> Stream:
+def _stream(
+    model: Model, batches: Batches | None, device: torch.device, folder: Path, where: Where
+) -> Stream:
     if batches is None:  # no stage looks at data: nothing flows through the blocks
         return Stream(torch.empty(0, 1, 1), [{} for _ in range(model.blocks)], 1, device)
-    return open_stream(model, batches.ids, device=device, folder=folder)
+    return open_stream(model, batches.ids, device=device, folder=folder, where=where)
 
 
 def _calibration(

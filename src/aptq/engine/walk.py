@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from aptq.core.plan import Plan
 from aptq.engine.block import Block, Order
+from aptq.engine.heap import bound_heap, trim_heap
 from aptq.engine.stage import Stage
 from aptq.engine.stream import Stream
 from aptq.model.model import Model
@@ -39,24 +40,30 @@ def walk(
     finished block, whose layers hold the parts.  Raises ValueError when a planned layer ends
     without parts, for then no stage of the recipe quantizes.
     """
+    bound_heap()
     for index in range(start, model.blocks):
         began = time.perf_counter()
         module = model.load(index, stream.device)
-        block = Block(
-            index, model.block_name(index), module, model.groups(index), plan, stream, order
-        )
+        name, groups = model.block_name(index), model.groups(index)
+        block = Block(index, name, module, groups, plan, stream, order)
         for stage in stages:
             stage.on_blocks([block])
-        bare = [name for name, layer in block.layers.items() if not layer.parts]
-        if bare:
-            raise ValueError(
-                f"the recipe leaves {len(bare)} planned layers of block {index} uncompressed\n"
-                f"first: {bare[0]}, target {block.layers[bare[0]].target}\n"
-                f"add a stage that quantizes, such as gptq or rtn"
-            )
+        _check_done(block)
         if index + 1 < model.blocks:
             stream.advance(index, module)
         sink(block)
         model.unload(index)
+        del block, module  # before the next block is loaded
+        trim_heap()
         if report is not None:
             report(Progress(index, model.blocks, time.perf_counter() - began))
+
+
+def _check_done(block: Block) -> None:
+    bare = [name for name, layer in block.layers.items() if not layer.parts]
+    if bare:
+        raise ValueError(
+            f"the recipe leaves {len(bare)} planned layers of block {block.index} uncompressed\n"
+            f"first: {bare[0]}, target {block.layers[bare[0]].target}\n"
+            "add a stage that quantizes, such as gptq or rtn"
+        )

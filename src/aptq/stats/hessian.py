@@ -109,8 +109,8 @@ def add_gram(total: Tensor, x: Tensor) -> None:
         total += torch.mm(x.T, x, out_dtype=torch.float32)
         return
     wide = x.float()
-    # a tile row needs only the tiles from the diagonal on: 5/8 of the work with four tiles
-    step = max(128, -(-columns // 4))
+    # a tile row needs only the tiles from the diagonal on: 7/12 of the work with six tiles
+    step = max(96, -(-columns // 6))
     for a in range(0, columns, step):
         rows = wide[:, a : a + step]
         total[a : a + step, a:].addmm_(rows.T, wide[:, a:])
