@@ -21,6 +21,7 @@ COMMON = {"--debug", "--help", "--json"}
 OPTIONS = {
     "compress": {
         *COMMON,
+        "--activations",
         "--budget",
         "--data",
         "--device",

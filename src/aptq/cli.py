@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,9 @@ Source = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 Revision = Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub id")]
+Activations = Annotated[
+    Literal["auto", "memory", "disk"], typer.Option(help="Where hidden states lie")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error")]
 
@@ -71,9 +75,7 @@ def compress(
     strict: Annotated[
         bool, typer.Option("--strict", help="Stop where a layer needs a numerical rescue")
     ] = False,
-    activations: Annotated[
-        Literal["auto", "memory", "disk"], typer.Option(help="Where the hidden states lie")
-    ] = "auto",
+    activations: Activations = "auto",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -285,12 +287,8 @@ def exit_code(error: BaseException) -> int:
 
 def _place(error: BaseException) -> str:
     """File and line where `error` was raised."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    if trace is None:
-        return "at an unknown place"
-    return f"at {Path(trace.tb_frame.f_code.co_filename).name}, line {trace.tb_lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"at {Path(frames[-1].filename).name}, line {frames[-1].lineno}" if frames else "nowhere"
 
 
 def main() -> None:

@@ -158,8 +158,7 @@ def _walk(
         report(Step("compress", done.block + 1, done.blocks))
 
     report(Step("compress", 0, model.blocks))
-    stages = recipe.stages
-    walk(model, states, stages, plan, order=recipe.order, sink=sink, report=progress)
+    walk(model, states, recipe.stages, plan, order=recipe.order, sink=sink, report=progress)
     states.close()
     writer.finish()
 
