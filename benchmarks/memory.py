@@ -1,7 +1,7 @@
 """Peak anonymous memory against depth: one random Llama with 6 and with 24 blocks of 100 MiB.
 
 One block is in memory at a time and activations are on disk, so the peaks of the two compressing
-processes should differ by less than half a block.  RssAnon is sampled every 20 ms from outside: it
+processes should differ by less than half a block.  RssAnon is sampled every 5 ms from outside: it
 leaves out file pages, which the system takes back at will.
 """
 
@@ -18,8 +18,8 @@ import common
 import random_llama
 
 HERE = Path(__file__).resolve().parent
-PROTOCOL = "peak RssAnon of the compressing process, sampled every 20 ms, activations on disk"
-INTERVAL = 0.02  # seconds between samples
+PROTOCOL = "peak RssAnon of the compressing process, sampled every 5 ms, activations on disk"
+INTERVAL = 0.005  # seconds between samples
 
 
 def arguments() -> argparse.Namespace:

@@ -143,6 +143,8 @@ class Block:
                 linear = self.linears[layer.name]
                 # a new tensor: the old one may be mapped onto the source file
                 linear.weight.data = layer.dense().to(linear.weight.dtype)
+            for stat in layer.stats.values():
+                stat.forget()
         if self.order == "group":
             self._forget(self._next(group))
 

@@ -45,5 +45,9 @@ class Stat(ABC):
         """The sums by name, for storing and for moving between machines."""
 
     @abstractmethod
+    def forget(self) -> None:
+        """Drop what was derived from the sums; the group's layers are done for now."""
+
+    @abstractmethod
     def nbytes(self, columns: int) -> int:
         """Memory of the sums for inputs of width `columns`; collection is sliced by it."""

@@ -69,8 +69,12 @@ class Hessian(Stat):
         return dict(self.sums)
 
     def nbytes(self, columns: int) -> int:
-        """H and its factor, float32."""
-        return 8 * columns * columns
+        """The sums; a mean and a factor of the group at work come on top."""
+        return 4 * columns * columns
+
+    def forget(self) -> None:
+        """Drop the mean and its factors."""
+        self.cache.clear()
 
     @property
     def empty(self) -> bool:
