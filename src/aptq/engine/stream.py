@@ -15,6 +15,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from aptq.engine.heap import bound_heap
 from aptq.model.dry import Call, record
 from aptq.model.model import Model
 
@@ -81,6 +82,7 @@ def open_stream(
     batch = min(batch_windows(ids.shape[1], device), ids.shape[0])
     calls: list[dict[int, Call]] = [{} for _ in range(model.blocks)]
     stream: Stream | None = None
+    bound_heap()  # before the first large tensor
     model.load_outer(device)
     for start in range(0, ids.shape[0], batch):
         part = ids[start : start + batch].to(device)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from aptq.core.plan import Plan
 from aptq.engine.block import Block, Order
-from aptq.engine.heap import bound_heap, trim_heap
+from aptq.engine.heap import trim_heap
 from aptq.engine.stage import Stage
 from aptq.engine.stream import Stream
 from aptq.model.model import Model
@@ -40,7 +40,6 @@ def walk(
     finished block, whose layers hold the parts.  Raises ValueError when a planned layer ends
     without parts, for then no stage of the recipe quantizes.
     """
-    bound_heap()
     for index in range(start, model.blocks):
         began = time.perf_counter()
         module = model.load(index, stream.device)

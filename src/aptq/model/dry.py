@@ -162,8 +162,11 @@ def record(model: PreTrainedModel, blocks: str, ids: Tensor) -> list[Call]:
 
 def _handing_on(calls: list[Call], names: tuple[str, ...]) -> Callable[..., Tensor]:
     def forward(*args: Any, **kwargs: Any) -> Tensor:
-        calls.append(Call(args, kwargs, names))
-        return calls[-1].hidden.clone()  # the model may write into what a block returns
+        call = Call(args, kwargs, names)
+        # One copy, of what enters block 0: the model may write into what a block returns.  A copy
+        # for every block would make the peak grow with the depth.
+        calls.append(call if calls else call.at(call.hidden.clone()))
+        return call.hidden
 
     return forward
 
