@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from aptq.core.parts import Dense
 from aptq.core.plan import Plan
+from aptq.engine.heap import trim_heap
 from aptq.engine.layer import Layer
 from aptq.engine.stat import Seen, Stat
 from aptq.engine.stream import Stream, free_bytes
@@ -145,6 +146,7 @@ class Block:
                 linear.weight.data = layer.dense().to(linear.weight.dtype)
             for stat in layer.stats.values():
                 stat.forget()
+        trim_heap()
         if self.order == "group":
             self._forget(self._next(group))
 
