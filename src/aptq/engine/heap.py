@@ -1,7 +1,7 @@
 """Give freed memory back to the system, so that the peak does not grow with the number of blocks.
 
-glibc keeps freed tensors of up to 32 MiB in heaps that become fragmented: 18 more blocks of 102 MiB
-raised the peak by 9.5 blocks although the living tensors stayed the same (docs/log.md).
+glibc keeps freed tensors of up to 32 MiB in heaps that become fragmented: a peak grew with the
+number of blocks although the living tensors stayed the same (docs/log.md has the figures).
 """
 
 from __future__ import annotations

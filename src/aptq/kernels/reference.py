@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Self
 
@@ -16,7 +17,7 @@ from aptq.core.parts import PARTS, Part, Quantized
 CACHE_TILE, DEVICE_TILE = 1 << 20, 1 << 24
 
 
-class Kernel(nn.Module):
+class Kernel(nn.Module, ABC):
     """Computes y = x @ part.dense().T + bias from storage of its own, which replaces the part's.
 
     x [rows, in] contiguous, bias [out] or None -> [rows, out] in the dtype of x.
@@ -27,18 +28,18 @@ class Kernel(nn.Module):
         self.shape = shape  # (out, in)
 
     @classmethod
+    @abstractmethod
     def supports(cls, part: Part, device: torch.device, dtype: torch.dtype) -> bool:
         """Can this kernel run `part` for activations of `dtype` on `device`?"""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def prepare(cls, part: Part, dtype: torch.dtype) -> Kernel:
         """A kernel for `part`; holds about part.nbytes and no reference to the part."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [rows, in] -> [rows, out]."""
-        raise NotImplementedError
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # model.to(dtype) means activations and norms: codes and scales are what the file says.
