@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aptq.engine.stat import Seen
-from aptq.stats.hessian import Hessian, add_gram
+from aptq.stats.hessian import Hessian, add_by_weight, add_gram, add_weighted
 
 CPU = torch.device("cpu")
 LENGTH = 6
@@ -87,3 +87,77 @@ def test_only_the_upper_triangle_is_promised() -> None:
     x, total = rows(50, 301), torch.zeros(301, 301)
     add_gram(total, x)
     torch.testing.assert_close(total.triu(), (x.T @ x).triu(), rtol=1e-4, atol=1e-4)
+
+
+def weighted(stat: Hessian, x: torch.Tensor, weight: torch.Tensor) -> Hessian:
+    filled = stat.start(x.shape[1], CPU)
+    for rows_, weights in zip(x.split(7), weight.split(7), strict=True):
+        filled.update(Seen(rows_, None, LENGTH, weight=weights))
+    return filled
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 300), st.sampled_from([0.0, 0.5, 1.0]))
+def test_gradient_weights_equal_float64_definition(count: int, columns: int, power: float) -> None:
+    x, weight = rows(count, columns), rows(count, 1, seed=1).squeeze(1).exp()
+    found = weighted(Hessian(rows="gradient", power=power), x, weight).matrix()
+    wide, share = x.double(), weight.double() ** power
+    expected = (wide * share[:, None]).T @ wide / share.sum()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(found, found.T)
+
+
+def test_scale_of_weights_does_not_matter() -> None:
+    """An expert may get only rows of little weight; its H keeps the scale of its inputs."""
+    x, stat = rows(9, 5), Hessian(rows="gradient")
+    one = weighted(stat, x, torch.full((9,), 1e-3)).matrix()
+    torch.testing.assert_close(one, shown(Hessian(), x).matrix())
+
+
+def test_rows_that_are_not_finite_weigh_nothing() -> None:
+    x, weight = rows(6, 4), torch.tensor([1.0, 2, 3, 4, 5, 6])
+    bad = x.clone()
+    bad[2, 1] = torch.nan
+    found = weighted(Hessian(rows="gradient"), bad, weight)
+    assert float(found.sums["dropped"]) == 1
+    assert float(found.sums["weight"]) == 18
+    weight[2] = 0
+    torch.testing.assert_close(
+        found.matrix(), weighted(Hessian(rows="gradient"), x, weight).matrix()
+    )
+
+
+def test_rows_of_one_weight_together_are_the_same() -> None:
+    x, weight = rows(60, 130), torch.tensor([0.0, 0.5, 3.0]).repeat(20)
+    one, two = torch.zeros(130, 130), torch.zeros(130, 130)
+    add_weighted(one, x, weight)
+    add_by_weight(two, x, weight, weight.unique())
+    torch.testing.assert_close(one.triu(), two.triu(), rtol=1e-5, atol=1e-5)
+
+
+def test_gradient_rows_need_weights() -> None:
+    stat = Hessian(rows="gradient")
+    assert stat.own
+    assert not Hessian().own
+    with pytest.raises(ValueError, match="rows = 'uniform'"):
+        stat.start(4, CPU).update(Seen(rows(3, 4), None, LENGTH))
+
+
+@pytest.mark.parametrize("options", [{"first": 0.1, "rows": "gradient"}, {"power": -1.0}])
+def test_weightings_that_exclude_each_other(options: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="cannot be weighted like this"):
+        Hessian(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+def test_weighted_rows_on_a_gpu() -> None:
+    """16-bit rows are never rounded by their weights, whether few weights occur or many."""
+    x = rows(2048, 256).to("cuda", torch.bfloat16)
+    few = torch.tensor([1e-3, 0.7, 66.0, 3.3], device="cuda").repeat(512)
+    for weight in (few, rows(2048, 1).squeeze(1).exp().to("cuda")):
+        total = torch.zeros(256, 256, device="cuda")
+        add_weighted(total, x, weight)
+        wide = x.double()
+        expected = (wide * weight.double()[:, None]).T @ wide
+        error = (total.double().triu() - expected.triu()).norm() / expected.triu().norm()
+        assert error < 1e-5, error

@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from aptq.core.parts import Dense
 from aptq.core.plan import Plan
+from aptq.core.profile import Profiles
 from aptq.engine.heap import trim_heap
 from aptq.engine.layer import Layer
+from aptq.engine.origin import Origin
 from aptq.engine.stat import Seen, Stat
 from aptq.engine.stream import Stream, free_bytes
+from aptq.engine.weighting import Weighting
 from aptq.model.layout import ResolvedGroup
 from aptq.model.normalise import Experts
+from aptq.model.watch import AttentionTrace, Lookup, watched
 
 Order = Literal["block", "group"]
+
+
+class Shown(NamedTuple):
+    """Started statistics of a layer, or those that its group shares."""
+
+    layer: Layer
+    stats: dict[Stat, Stat]
+    weights: Tensor | None  # [length] of the layer's rows by their position, for own statistics
+
+
+def _untraced(_path: str) -> AttentionTrace | None:
+    raise AssertionError("nothing is watched")
 
 
 class Block:
@@ -32,26 +49,43 @@ class Block:
         plan: Plan,
         stream: Stream,
         order: Order,
+        profiles: Profiles | None = None,
+        origin: Origin | None = None,
     ) -> None:
+        """`profiles` weight rows, `origin` shows the inputs of the uncompressed model."""
         self.index, self.name, self.module = index, name, module
         self.groups, self.stream, self.order = list(groups), stream, order
         self.linears: dict[str, nn.Linear] = {}
         self.layers: dict[str, Layer] = {}
         self._fresh: dict[int, set[Stat]] = {}  # group number -> statistics that are still true
+        self._window = 0  # number of the first window of the batch that is on its way
+        self._trace: Lookup = _untraced  # of a linear while its batch is on its way
+        self._origin, self._before = origin, dict[str, Tensor]()  # its inputs of that batch
+        known = profiles or Profiles(0, {})
+        self.weighting = Weighting(known, self.layers, stream)
         for group in self.groups:
             for role, path in group.layers.items():
                 linear = module.get_submodule(path.removeprefix(name + "."))
                 assert isinstance(linear, nn.Linear), f"{path} is a {type(linear).__name__}"
                 self.linears[path] = linear
-                target = plan.targets[path]
-                if target.kept:
+                layer = self._open(path, role, linear, plan)
+                if layer is None:
                     continue
-                bias = None if linear.bias is None else linear.bias.detach()
-                layer = Layer(path, role, linear.weight.detach().float(), bias, target)
-                if target.grid is not None and target.grid.dense:
-                    # a 16-bit target asks nothing of any method
-                    layer.parts.append(Dense(linear.weight.detach().to(torch.bfloat16)))
+                layer.window = known.window
+                layer.profile = known.of.get(path)
                 self.layers[path] = layer
+
+    def _open(self, path: str, role: str, linear: nn.Linear, plan: Plan) -> Layer | None:
+        """The layer that stages will work on, or None where the plan keeps the linear."""
+        target = plan.targets[path]
+        if target.kept:
+            return None
+        bias = None if linear.bias is None else linear.bias.detach()
+        layer = Layer(path, role, linear.weight.detach().float(), bias, target)
+        if target.grid is not None and target.grid.dense:
+            # a 16-bit target asks nothing of any method
+            layer.parts.append(Dense(linear.weight.detach().to(torch.bfloat16)))
+        return layer
 
     def open_layers(self, group: ResolvedGroup) -> list[Layer]:
         """The group's layers that stages may work on: planned, and not 16-bit."""
@@ -84,7 +118,8 @@ class Block:
         slices: list[list[ResolvedGroup]] = [[]]
         for group in groups:
             columns = self.linears[next(iter(group.layers.values()))].in_features
-            size = sum(need.nbytes(columns) for need in needs)
+            layers = len(self.open_layers(group))
+            size = sum(need.nbytes(columns) * (layers if need.own else 1) for need in needs)
             if slices[-1] and used + size > limit:
                 slices.append([])
                 used = 0
@@ -94,48 +129,101 @@ class Block:
 
     def _observe(self, groups: Sequence[ResolvedGroup], needs: Sequence[Stat]) -> None:
         """One forward pass over all windows that shows `needs` the inputs of `groups`."""
-        handles = []
-        for group in groups:
-            first = self.linears[next(iter(group.layers.values()))]
-            stats = [need.start(first.in_features, self.stream.device) for need in needs]
-            for layer in self.open_layers(group):
-                layer.stats.update(zip(needs, stats, strict=True))
-            self._fresh.setdefault(self.groups.index(group), set()).update(needs)
-            handles.append(first.register_forward_pre_hook(self._watch(first, stats)))
-        try:
+        assert not any(need.gradient for need in needs), f"no gradients in a forward walk: {needs}"
+        with ExitStack() as stack:
+            stack.enter_context(self._watching(needs))
+            for group in groups:
+                first = self.linears[next(iter(group.layers.values()))]
+                layers = self.open_layers(group)
+                shown = self._start(layers, dict.fromkeys((x.name for x in layers), needs))
+                self._fresh.setdefault(self.groups.index(group), set()).update(needs)
+                handle = first.register_forward_pre_hook(self._watch(first, shown))
+                stack.callback(handle.remove)
             with torch.inference_mode():
-                for _, call in self.stream.inputs(self.index):
+                for windows, call in self.stream.inputs(self.index):
+                    self._window = windows.start
+                    if self._origin is not None and any(need.compares for need in needs):
+                        paths = [next(iter(group.layers.values())) for group in groups]
+                        self._before = self._origin.inputs(windows, paths)
                     call.run(self.module)
-        finally:
-            for handle in handles:
-                handle.remove()
+        self._before = {}
 
-    def _watch(self, linear: nn.Linear, stats: Sequence[Stat]) -> Callable[..., None]:
-        """A hook that shows the input of `linear` to `stats`, row by row."""
-        owner = next(
-            (
-                module
-                for module in self.module.modules()
-                if isinstance(module, Experts) and any(linear is m for m in module.modules())
-            ),
-            None,
-        )
-        length = self.stream.length
+    @contextmanager
+    def _watching(self, needs: Collection[Stat]) -> Iterator[None]:
+        """Let the statistics that want to see through attention and MLP do so while it is open."""
+        watching = [need for need in needs if need.watches]
+        if not watching:
+            yield
+            return
+        weights: dict[str, Tensor] = {}
+        if any(need.weighted for need in watching):
+            found = {path: self.weighting.of(path) for path in self.linears}
+            weights = {path: weight for path, weight in found.items() if weight is not None}
+        with watched(self.module, self.name, self.groups, weights) as self._trace:
+            yield
+        self._trace = _untraced
+
+    def _start(self, layers: Sequence[Layer], needs: Mapping[str, Sequence[Stat]]) -> list[Shown]:
+        """Empty sums in the stats of some layers of one group; who is shown what."""
+        columns, device = layers[0].weight.shape[1], self.stream.device
+        shared: dict[Stat, Stat] = {}
+        shown = []
+        for layer in layers:
+            own: dict[Stat, Stat] = {}
+            for need in needs[layer.name]:
+                sums = own if need.own else shared
+                if need not in sums:
+                    sums[need] = need.start(columns, device)
+                layer.stats[need] = sums[need]
+            if own:
+                asked = any(need.weighted for need in own)
+                shown.append(Shown(layer, own, self.weighting.counted(layer) if asked else None))
+        asked = any(need.weighted for need in shared)
+        return [Shown(layers[0], shared, self.weighting.mean(layers) if asked else None), *shown]
+
+    def _watch(self, linear: nn.Linear, shown: Sequence[Shown]) -> Callable[..., None]:
+        """A hook that shows the input of `linear` to statistics, row by row."""
+        owner = self._owner(linear)
+        path = next(name for name, one in self.linears.items() if one is linear)
 
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].reshape(-1, args[0].shape[-1])
-            tokens: Tensor | None
-            if owner is not None:
-                tokens = owner.routed
-            else:
-                # rows are tokens in order unless the model re-arranged them
-                tokens = torch.arange(x.shape[0], device=x.device)
-                tokens = tokens if x.shape[0] % length == 0 else None
-            position = None if tokens is None else tokens % length
-            for stat in stats:
-                stat.update(Seen(x, position, length))
+            seen = self._seen(args[0], owner)
+            if owner is None:  # rows of experts may be routed differently
+                seen = seen._replace(original=self._before.get(path))
+            for one in shown:
+                self._show(one, seen)
 
         return hook
+
+    def _show(self, shown: Shown, seen: Seen) -> None:
+        """Show a batch to statistics, own ones with what is known of their layer."""
+        if shown.weights is not None and seen.position is not None:
+            seen = seen._replace(weight=shown.weights[seen.position])
+        for need, stat in shown.stats.items():
+            if need.watches:
+                stat.update(seen._replace(attention=self._trace(shown.layer.name)))
+            else:
+                stat.update(seen)
+
+    def _owner(self, linear: nn.Linear) -> Experts | None:
+        """The experts that `linear` belongs to: they know which tokens its rows are."""
+        for module in self.module.modules():
+            if isinstance(module, Experts) and any(linear is m for m in module.modules()):
+                return module
+        return None
+
+    def _seen(self, x: Tensor, owner: Experts | None) -> Seen:
+        """What there is to see of an input [..., in] of the batch on its way."""
+        x, length = x.reshape(-1, x.shape[-1]), self.stream.length
+        if owner is not None:
+            tokens = owner.routed
+        else:
+            # rows are tokens in order unless the model re-arranged them
+            tokens = torch.arange(x.shape[0], device=x.device)
+            tokens = tokens if x.shape[0] % length == 0 else None
+        if tokens is None:
+            return Seen(x, None, length)
+        return Seen(x, tokens % length, length, (tokens // length + self._window) % 2)
 
     def commit(self, group: ResolvedGroup) -> None:
         """Put the sum of parts into the module, so that later passes see it."""

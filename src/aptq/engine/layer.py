@@ -25,6 +25,8 @@ class Layer:
     counts: dict[str, float] = field(
         default_factory=dict
     )  # what a stage reports: damping, fallbacks, dead columns
+    profile: Tensor | None = None  # [bins] mean squared output gradient by position, if measured
+    window: int = 0  # tokens of a window that `profile` was measured on
 
     def dense(self) -> Tensor:
         """Sum of the parts, [out, in] float32."""

@@ -1,32 +1,66 @@
 """Stat: what a stage wants to know about the inputs of a group of layers.
 
 A Stat is two things at once: a frozen set of options, compared by value, by which stages ask for
-it, and (after `start`) the running sums of one group.  A group's layers share one set of sums.
+it, and (after `start`) the running sums of one group, or of one layer if it is `own`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from aptq.model.watch import AttentionTrace
+
 
 class Seen(NamedTuple):
-    """What a Stat is shown for one batch of one group."""
+    """What a Stat is shown for one batch of one group, or of one layer if it is `own`."""
 
     x: Tensor  # [rows, in] input rows in the model's dtype
     position: (
         Tensor | None
     )  # [rows] int64: index of each row's token in its window; None = rows are not tokens
     length: int  # tokens in a window
+    half: Tensor | None = None  # [rows] int64: parity of the row's window, for split-half noise
+    original: Tensor | None = None  # [rows, in] the same rows in the uncompressed model
+    # own statistics only (weight: all), None where it is not known:
+    weight: Tensor | None = None  # [rows] float32: weights by the layer's profile
+    grad: Tensor | None = None  # [rows, out] d(nats of all tokens) / d(output), model's dtype
+    attention: AttentionTrace | None = None  # how its unit's output depends on the layer's
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stat(ABC):
     """Base of all statistics: sums over batches, so that batches may be merged in any grouping."""
+
+    @property
+    def own(self) -> bool:
+        """Does every layer of a group need sums of its own?"""
+        return False
+
+    @property
+    def gradient(self) -> bool:
+        """Does `update` read output gradients?  Only the backward walk has them."""
+        return False
+
+    @property
+    def weighted(self) -> bool:
+        """Does `update` read weights of rows?  They come from profiles, measured before."""
+        return False
+
+    @property
+    def compares(self) -> bool:
+        """Does `update` read what the uncompressed model computes?"""
+        return False
+
+    @property
+    def watches(self) -> bool:
+        """Does `update` read what the attention of the block computed?"""
+        return False
 
     @abstractmethod
     def start(self, columns: int, device: torch.device) -> Self:

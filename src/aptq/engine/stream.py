@@ -64,6 +64,17 @@ class Stream:
                 self.hidden[windows] = call.run(block).to(self.hidden.device)
         self.calls[index] = {}
 
+    def twin(self) -> Stream:
+        """A copy that advances by itself: in memory, or in a file beside the one of this stream."""
+        if self.file is None:
+            held, file = self.hidden.clone(), None
+        else:
+            shape = tuple(self.hidden.shape)
+            held, file = storage(shape, self.hidden, self.file.parent, "disk", "original")
+            for part, source in zip(held, self.hidden, strict=True):
+                part.copy_(source)
+        return Stream(held, [dict(call) for call in self.calls], self.batch, self.device, file)
+
     def close(self) -> None:
         """Delete the file behind the stream, if there is one."""
         self.hidden = self.hidden.new_empty(0)
@@ -72,14 +83,21 @@ class Stream:
 
 
 def open_stream(
-    model: Model, ids: Tensor, *, device: torch.device, folder: Path, where: Where = "auto"
+    model: Model,
+    ids: Tensor,
+    *,
+    device: torch.device,
+    folder: Path,
+    where: Where = "auto",
+    batch: int | None = None,
+    name: str = "hidden",
 ) -> Stream:
     """Embed `ids` [windows, length] int64 and record every block's other arguments.
 
     where="auto" keeps the states on the device while they take less than a quarter of its free
-    memory, and in a file in `folder` otherwise.
+    memory, and in the file `name`.bin in `folder` otherwise.  `batch`: windows in a batch.
     """
-    batch = min(batch_windows(ids.shape[1], device), ids.shape[0])
+    batch = min(batch or batch_windows(ids.shape[1], device), ids.shape[0])
     calls: list[dict[int, Call]] = [{} for _ in range(model.blocks)]
     stream: Stream | None = None
     bound_heap()  # before the first large tensor
@@ -90,7 +108,7 @@ def open_stream(
         hidden = recorded[0].hidden
         if stream is None:
             shape = (ids.shape[0], *hidden.shape[1:])
-            held, file = _storage(shape, hidden, folder, where)
+            held, file = storage(shape, hidden, folder, where, name)
             stream = Stream(held, calls, batch, device, file)
         stream.hidden[start : start + part.shape[0]] = hidden.to(stream.hidden.device)
         if part.shape[0] not in calls[0]:
@@ -102,15 +120,15 @@ def open_stream(
     return stream
 
 
-def _storage(
-    shape: tuple[int, ...], like: Tensor, folder: Path, where: Where
+def storage(
+    shape: tuple[int, ...], like: Tensor, folder: Path, where: Where, name: str
 ) -> tuple[Tensor, Path | None]:
-    """A tensor of `shape` on the device of `like`, or mapped onto a file."""
+    """A tensor of `shape` on the device of `like`, or mapped onto the file `name`.bin."""
     count = torch.Size(shape).numel()
     need = count * like.dtype.itemsize
     if where == "memory" or (where == "auto" and need <= free_bytes(like.device) // 4):
         return torch.empty(shape, dtype=like.dtype, device=like.device), None
-    file = folder / "hidden.bin"
+    file = folder / f"{name}.bin"
     with file.open("wb") as handle:
         handle.truncate(need)
     mapped = torch.from_file(str(file), shared=True, size=count, dtype=like.dtype)

@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from aptq.core.plan import Plan
+from aptq.core.profile import Profiles
 from aptq.engine.block import Block, Order
 from aptq.engine.heap import trim_heap
+from aptq.engine.origin import Origin
 from aptq.engine.stage import Stage
 from aptq.engine.stream import Stream
 from aptq.model.model import Model
@@ -33,29 +35,38 @@ def walk(
     sink: Callable[[Block], None],
     report: Callable[[Progress], None] | None = None,
     start: int = 0,
+    profiles: Profiles | None = None,
 ) -> None:
     """Compress every block from `start` on, one in memory at a time.
 
     Each stage works on the inputs that the compressed blocks before it produce; `sink` gets the
-    finished block, whose layers hold the parts.  Raises ValueError when a planned layer ends
-    without parts, for then no stage of the recipe quantizes.
+    finished block, whose layers hold the parts; `profiles` weight the rows of statistics that ask
+    for it.  Raises ValueError when a planned layer ends without parts, for then no stage of the
+    recipe quantizes.
     """
+    compares = any(need.compares for stage in stages for need in stage.needs())
+    original = stream.twin() if compares else None
     for index in range(start, model.blocks):
         began = time.perf_counter()
         module = model.load(index, stream.device)
         name, groups = model.block_name(index), model.groups(index)
-        block = Block(index, name, module, groups, plan, stream, order)
+        origin = None if original is None else Origin(index, name, module, original)
+        block = Block(index, name, module, groups, plan, stream, order, profiles, origin)
         for stage in stages:
             stage.on_blocks([block])
         _check_done(block)
         if index + 1 < model.blocks:
             stream.advance(index, module)
+            if origin is not None:
+                origin.advance()
         sink(block)
         model.unload(index)
-        del block, module  # before the next block is loaded
+        del block, module, origin  # before the next block is loaded
         trim_heap()
         if report is not None:
             report(Progress(index, model.blocks, time.perf_counter() - began))
+    if original is not None:
+        original.close()
 
 
 def _check_done(block: Block) -> None:

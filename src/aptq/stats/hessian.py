@@ -8,14 +8,16 @@ every token after it, yet in a window of 2,048 it is one row of 2,048.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Self
+from dataclasses import dataclass, field, replace
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
 from aptq.core.linalg import Damping, Factor, damped_factor
 from aptq.engine.stat import Seen, Stat
+
+BINS = 32  # different weights of a window of 2^31 tokens, whose positions have up to 31 bits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,16 +27,50 @@ class Hessian(Stat):
     # weight of a window's first token as a share of the number of tokens in a window, at least the
     # weight 1 that every other token has; 0 = all tokens alike
     first: float = 0.0
+    # weights of the rows: all alike, or by the squared output gradient at their position (the
+    # layer's profile), which also weights rows of experts
+    rows: Literal["uniform", "gradient"] = "uniform"
+    power: float = 1.0  # of the gradient weights; smaller values shrink them towards uniform
+    # one H for all layers of a group, weighted by the mean of their profiles, or one for each; at
+    # equal quality (docs/log.md) the first needs half of the products and factors
+    share: bool = True
+    # also R = sum_t w_t (x0_t - x_t) x_t^T / sum_t w_t, x0 the input in the uncompressed model
+    drift: bool = False
     sums: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
     cache: dict[object, object] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def own(self) -> bool:
+        """Layers have different profiles; unless they share their mean, each needs its own H."""
+        return self.rows == "gradient" and not self.share
+
+    @property
+    def compares(self) -> bool:
+        """Drift is a difference from the uncompressed model."""
+        return self.drift
+
+    @property
+    def weighted(self) -> bool:
+        """Gradient weights are known beforehand."""
+        return self.rows == "gradient"
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for two weightings at once and for a negative power."""
+        if self.power < 0 or (self.first and self.rows == "gradient"):
+            raise ValueError(
+                "a Hessian's rows cannot be weighted like this\n"
+                f"rows = {self.rows!r}, power = {self.power}, first = {self.first}\n"
+                "set first = 0.0 with gradient weights, which know the first token; power >= 0"
+            )
 
     def start(self, columns: int, device: torch.device) -> Self:
         """Zero sums: H [columns, columns] float32, total weight and dropped rows (scalars)."""
         zero = torch.zeros((), dtype=torch.float64, device=device)
         square = torch.zeros(columns, columns, dtype=torch.float32, device=device)
-        return type(self)(
-            first=self.first, sums={"h": square, "weight": zero, "dropped": zero.clone()}
-        )
+        sums = {"h": square, "weight": zero, "dropped": zero.clone()}
+        if self.drift:
+            sums["cross"] = torch.zeros_like(square)
+        return replace(self, sums=sums, cache={})
 
     def update(self, seen: Seen) -> None:
         """Add rows x [rows, in]; rows that are not finite are left out and counted."""
@@ -44,7 +80,17 @@ class Hessian(Stat):
         if good < len(x):
             x = x.masked_fill(~finite[:, None], 0)
             self.sums["dropped"] += len(x) - good
+        if self.rows == "gradient":
+            weight = self._weights(seen) * finite
+            self.sums["weight"] += weight.sum(dtype=torch.float64)
+            add_weighted(self.sums["h"], x, weight)
+            self._add_drift(seen, x, weight)
+            return
         self.sums["weight"] += good
+        weight = finite.float()
+        if seen.position is not None:
+            weight = weight.where(seen.position > 0, weight * max(self.first * seen.length, 1.0))
+        self._add_drift(seen, x, weight)
         add_gram(self.sums["h"], x)
         extra = self.first * seen.length - 1.0
         if extra > 0:
@@ -59,6 +105,44 @@ class Hessian(Stat):
             self.sums["h"].addmm_(head.T, head, alpha=extra)
             self.sums["weight"] += finite[at].sum() * extra
 
+    def _add_drift(self, seen: Seen, x: Tensor, weight: Tensor) -> None:
+        """Add to R; x [rows, in] without rows that are not finite, weight [rows]."""
+        if not self.drift or seen.original is None:
+            return  # in the uncompressed model, and for rows that have no counterpart
+        before = seen.original.float()
+        usable = before.sum(dim=1).isfinite()
+        moved = torch.where(usable[:, None], before - x.float(), 0).mul_(weight[:, None])
+        self.sums["cross"].addmm_(moved.T, x.float())
+
+    def correction(self, damp: float) -> Tensor | None:
+        """R (H + damp mean(diag H))^-1 [in, in] float32; None without drift or where H is singular.
+
+        W (1 + R H^-1) are the weights that come nearest to the uncompressed output W x0 from the
+        inputs x at hand (arXiv:2504.02692).
+        """
+        if not self.drift or not bool(self.sums["cross"].any()):
+            return None
+        if "correction" not in self.cache:
+            H = self.matrix().double()
+            H.diagonal().add_(damp * float(H.diagonal().mean()))
+            lower, info = torch.linalg.cholesky_ex(H)
+            cross = self.sums["cross"].double() / float(self.sums["weight"])
+            solved = torch.cholesky_solve(cross.T, lower).T.float() if int(info) == 0 else None
+            self.cache["correction"] = solved
+        held = self.cache["correction"]
+        assert held is None or isinstance(held, Tensor)
+        return held
+
+    def _weights(self, seen: Seen) -> Tensor:
+        """Weights of the rows, [rows] float32; the mean that `matrix` takes makes their scale 1."""
+        if seen.weight is None:
+            raise ValueError(
+                "rows cannot be weighted by gradients here\n"
+                f"a layer of width {seen.x.shape[1]} has no profile, or its rows are no tokens\n"
+                "measure profiles first, or set rows = 'uniform' in the recipe"
+            )
+        return seen.weight**self.power
+
     def merge(self, other: Self) -> None:
         """Add the sums of another worker."""
         for name, value in other.sums.items():
@@ -70,7 +154,7 @@ class Hessian(Stat):
 
     def nbytes(self, columns: int) -> int:
         """The sums; a mean and a factor of the group at work come on top."""
-        return 4 * columns * columns
+        return 4 * columns * columns * (2 if self.drift else 1)
 
     def forget(self) -> None:
         """Drop the mean and its factors."""
@@ -84,7 +168,7 @@ class Hessian(Stat):
     def matrix(self) -> Tensor:
         """H [in, in] float32, a mean over the weighted rows."""
         if "matrix" not in self.cache:
-            upper = self.sums["h"].triu() / max(float(self.sums["weight"]), 1.0)
+            upper = self.sums["h"].triu() / (float(self.sums["weight"]) or 1.0)
             self.cache["matrix"] = upper + upper.triu(1).T
         held = self.cache["matrix"]
         assert isinstance(held, Tensor)
@@ -95,7 +179,7 @@ class Hessian(Stat):
 
         The order must be a function of H alone, as those of `gptq` are.
         """
-        key = (damp, None if order is None else tuple(order[:8].tolist()))
+        key = (damp, None if order is None else tuple(order.tolist()))
         if key not in self.cache:
             self.cache[key] = damped_factor(self.matrix(), damp, order=order)
         held = self.cache[key]
@@ -118,3 +202,26 @@ def add_gram(total: Tensor, x: Tensor) -> None:
     for a in range(0, columns, step):
         rows = wide[:, a : a + step]
         total[a : a + step, a:].addmm_(rows.T, wide[:, a:])
+
+
+def add_weighted(total: Tensor, x: Tensor, weight: Tensor) -> None:
+    """Add sum_t w_t x_t x_t^T like `add_gram`; x [rows, in], weight [rows] float32, not negative.
+
+    A product of a weight and a 16-bit row would be rounded, so where few weights occur (profiles
+    have one a bin) rows of one weight are multiplied together and their sum is weighted.
+    """
+    if x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16):
+        values = weight.unique()
+        if len(values) <= BINS:
+            add_by_weight(total, x, weight, values)
+            return
+    add_gram(total, x.float() * weight.sqrt()[:, None])
+
+
+def add_by_weight(total: Tensor, x: Tensor, weight: Tensor, values: Tensor) -> None:
+    """`add_weighted` by one plain second moment for each of the different `values` of weight."""
+    part = torch.empty_like(total)
+    for value in values.tolist():
+        if value > 0:
+            add_gram(part.zero_(), x[weight == value])
+            total.add_(part, alpha=value)
