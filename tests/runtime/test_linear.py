@@ -10,7 +10,8 @@ from aptq.core.plan import Plan, Target
 from aptq.failures import Corrupt
 from aptq.kernels.cpu import Int4
 from aptq.kernels.reference import Reference
-from aptq.runtime.linear import PackedLinear, pack_skeleton
+from aptq.runtime.linear import PackedLinear
+from aptq.runtime.skeleton import pack_skeleton
 from tests.kernels.samples import randn, sample
 from tests.tiny import TINY
 

@@ -13,8 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from aptq.core.parts import Dense, Quantized
 from aptq.failures import Corrupt
+from aptq.methods.quantize.rtn import RTN
+from aptq.model.model import Model
 from aptq.store.checkpoint import Checkpoint, Writer, find
 from aptq.store.headers import publish
+from aptq.store.predict import predict
+from tests.engine.outer import compressed, outer_plan
 from tests.store.packed import Packed, block_tensors, pack
 from tests.tiny import tiny_model
 
@@ -248,3 +252,34 @@ def test_random_damage_never_surprises(copy: Path) -> None:
                 Checkpoint.open(copy).verify()
         (copy / name).write_bytes(whole)
     Checkpoint.open(copy).verify()
+
+
+def test_outer_layers_are_in_the_manifest(tmp_path: Path) -> None:
+    """The embedding's parts are stored once; a reader is told what lies outside."""
+    run = compressed(tiny_model("qwen2", tmp_path), tmp_path / "out", [RTN()], "int4-g16-z")
+    checkpoint = Checkpoint.open(run.folder)
+    assert checkpoint.manifest.outer == ("model.embed_tokens",)
+    assert checkpoint.manifest.shapes["model.embed_tokens"] == (260, 48)
+    found = checkpoint.plan.bits(checkpoint.manifest.shapes, 4, checkpoint.manifest.outer)
+    assert found == predict(run.model, run.plan).bits
+    for wrong in ({"outer": ["lm_head"]}, {"outer": [3]}, {"outer": ["model.embed_tokens"] * 2}):
+        edit(run.folder / "aptq.json", lambda data, wrong=wrong: data.update(wrong))
+        refused(run.folder, "outside the blocks", str(next(iter(wrong["outer"]))))
+    edit(run.folder / "aptq.json", lambda data: data.update(outer={}))
+    refused(run.folder, "outer is a dict")
+
+
+def test_outer_layers_that_are_none_are_refused(tmp_path: Path) -> None:
+    tied = Model.open(tiny_model("qwen2", tmp_path))
+    assert tied.outer_shapes == {"model.embed_tokens": (260, 48)}
+    with pytest.raises(ValueError, match=r"(?s)'lm_head'.*tied.*plan one of.*model\.embed_tokens"):
+        predict(tied, outer_plan(tied, None, "int4-row"))
+    untied = Model.open(tiny_model("llama", tmp_path))
+    assert list(untied.outer_shapes) == ["model.embed_tokens", "lm_head"]
+    plan = outer_plan(untied, None, "int4-row")
+    assert predict(untied, plan).total < predict(untied, outer_plan(untied, None)).total
+    plan.targets["lm_heart"] = plan.targets["lm_head"]
+    with pytest.raises(ValueError, match=r"(?s)'lm_heart'.*the model lacks.*did you mean lm_head"):
+        Writer(tmp_path / "out", untied, plan)
+    gpt = Model.open(tiny_model("gpt2", tmp_path))
+    assert gpt.outer_shapes == {"transformer.wte": (260, 48)}

@@ -1,13 +1,13 @@
-"""Plan: which grid every linear gets, what that costs exactly, and the text form of a budget."""
+"""Plan: which grid every linear gets, and what that costs exactly."""
 
 from __future__ import annotations
 
 import difflib
 import fnmatch
 import json
+import math
 import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -62,7 +62,11 @@ class Target:
 
 @dataclass(frozen=True)
 class Plan:
-    """Targets of all linears inside the blocks by full name, and a note on who made the plan."""
+    """Targets of all linears inside the blocks by full name, and a note on who made the plan.
+
+    It may also name the embedding and an untied head (Model.outer_shapes), which stay as they are
+    otherwise and never count in bits per weight.
+    """
 
     targets: dict[str, Target]
     made_by: dict[str, str] = field(default_factory=dict)
@@ -85,26 +89,51 @@ class Plan:
         targets = {name: Target() if name in kept else chosen for name in shapes}
         return cls(targets, {"rule": "uniform", "grid": str(grid)})
 
-    def check(self, shapes: Mapping[str, tuple[int, int]]) -> None:
-        """Raise ValueError unless the plan speaks of exactly these layers."""
+    def check(
+        self,
+        shapes: Mapping[str, tuple[int, int]],
+        outer: Mapping[str, tuple[int, int]] | None = None,
+    ) -> None:
+        """Raise ValueError unless the plan names all layers of `shapes` and else only of `outer`.
+
+        shapes: (out, in) of the linears inside the blocks; outer: of what lies outside them.
+        """
+        known = {**shapes, **(outer or {})}
         for name in self.targets:
-            if name not in shapes:
-                _unknown(f"the plan names layer {name!r}, which the model lacks", name, shapes)
+            if name not in known:
+                _unknown(f"the plan names layer {name!r}, which the model lacks", name, known)
         for name in shapes:
             if name not in self.targets:
                 _unknown(f"the plan lacks layer {name!r} of the model", name, self.targets)
 
-    def nbytes(self, shapes: Mapping[str, tuple[int, int]], itemsize: int = 2) -> int:
-        """Bytes stored for all layers of the plan; itemsize: bytes of a kept weight's element."""
-        for name in self.targets:
+    def nbytes(
+        self,
+        shapes: Mapping[str, tuple[int, int]],
+        itemsize: int = 2,
+        outer: Collection[str] = (),
+    ) -> int:
+        """Bytes stored for all layers of the plan but those in `outer`.
+
+        itemsize: bytes of a kept weight's element.  Raises ValueError for a name in neither.
+        """
+        total = 0
+        for name, target in self.targets.items():
+            if name in outer:
+                continue
             if name not in shapes:
                 _unknown(f"the plan names layer {name!r}, which the model lacks", name, shapes)
-        return sum(target.nbytes(shapes[name], itemsize) for name, target in self.targets.items())
+            total += target.nbytes(shapes[name], itemsize)
+        return total
 
-    def bits(self, shapes: Mapping[str, tuple[int, int]], itemsize: int = 2) -> float:
-        """Stored bits for each weight, over all layers of the plan, kept ones included."""
-        total = self.nbytes(shapes, itemsize)
-        weights = sum(shapes[name][0] * shapes[name][1] for name in self.targets)
+    def bits(
+        self,
+        shapes: Mapping[str, tuple[int, int]],
+        itemsize: int = 2,
+        outer: Collection[str] = (),
+    ) -> float:
+        """Stored bits for each weight, over the layers that nbytes counts, kept ones included."""
+        total = self.nbytes(shapes, itemsize, outer)
+        weights = sum(math.prod(shapes[name]) for name in self.targets if name not in outer)
         return 8 * total / weights if weights else 0.0
 
     def to_json(self) -> dict[str, object]:
@@ -154,31 +183,6 @@ class Plan:
             way_out = "use the plan.json of a run folder, or one like it"
             raise ValueError(f"not a plan: {path}\n{reason}\n{way_out}") from error
         return cls(plan.targets, made_by)
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """A wanted size: bits for each weight of the blocks' linears, or bytes of the checkpoint."""
-
-    bpw: float | None = None
-    nbytes: int | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> Budget:
-        """Read "4bpw", "4.2GiB", "110MB" or "500MiB".  Raises ValueError."""
-        found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)\s*", text)
-        units = {"kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-        unit = found[2].lower() if found else ""
-        value = float(found[1]) if found else 0.0
-        if value <= 0 or unit not in ("bpw", *units):
-            raise ValueError(
-                f"not a budget: {text!r}\na positive number and one of bpw, "
-                f"kB, MB, GB, KiB, MiB, GiB are expected\ntry 4bpw, 110MB or 4.2GiB"
-            )
-        return cls(bpw=value) if unit == "bpw" else cls(nbytes=int(value * units[unit]))
-
-    def __str__(self) -> str:
-        return f"{self.bpw:g}bpw" if self.bpw is not None else f"{self.nbytes} bytes"
 
 
 def _closed(data: object, kinds: Mapping[str, type]) -> dict[str, object]:

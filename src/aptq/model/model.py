@@ -5,7 +5,7 @@ frees it.  Nothing of the source is ever executed or unpickled.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,14 +22,16 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from aptq.core.plan import Shapes
+from aptq.core.parts import Part
+from aptq.core.plan import Plan, Shapes
 from aptq.model.archs import Arch, Group, table_entry
 from aptq.model.layout import Coverage, ResolvedGroup, expand, linears, resolve, uncovered
 from aptq.model.normalise import normalise
+from aptq.model.outer import check_outer, decoded, is_tied, outer_shapes
 from aptq.model.sources import Source, read_config, refuse
 from aptq.model.sources import resolve as find
 from aptq.model.trace import signature, trace
-from aptq.model.weights import OUTER, Loader, Shards
+from aptq.model.weights import OUTER, Absent, Loader, Shards, check_finite, check_finite_tensor
 
 
 def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -55,11 +57,12 @@ class Model:
     """A causal language model whose weights stay on disk until their block is due.
 
     `skeleton` is the transformers model on meta, `shapes` the (out, in) of every linear in the
-    groups of all blocks by full name, `tied` names that share one tensor (target -> source).
+    groups of all blocks by full name, `outer_shapes` those of the embedding and an untied head,
+    `tied` names that share one tensor (target -> source).
     """
 
     def __init__(
-        self, source: Source, config: PreTrainedConfig, dtype: torch.dtype, shards: Shards
+        self, source: Source, config: PreTrainedConfig, dtype: torch.dtype, shards: Shards | None
     ) -> None:
         self.source, self.config, self.dtype = source.name, config, dtype
         self.skeleton = build_skeleton(config, dtype)
@@ -67,7 +70,11 @@ class Model:
         self.arch: Arch = table_entry(config) or trace(self.skeleton, config)
         self._blocks = self.skeleton.get_submodule(self.arch.blocks)
         assert isinstance(self._blocks, nn.ModuleList), (self.arch.blocks, type(self._blocks))
-        self._loader = Loader(self.skeleton, shards, self.arch.blocks, dtype)
+        self._loader = (
+            Absent(self.skeleton, source.folder)
+            if shards is None
+            else Loader(self.skeleton, shards, self.arch.blocks, dtype)
+        )
         self.tied = self._loader.tied
         if len(self.tied) < len(self.skeleton.all_tied_weights_keys):
             self._untie()
@@ -78,6 +85,8 @@ class Model:
             for index, layout in enumerate(self._layouts)
             for path, shape in layout.shapes.items()
         }
+        self.outer_shapes = outer_shapes(self.skeleton, self.arch, self.tied)
+        self._replaced: dict[str, Sequence[Part]] = {}
 
     @classmethod
     def open(
@@ -102,6 +111,20 @@ class Model:
         if dtype not in (torch.bfloat16, torch.float16, torch.float32):
             refuse(f"cannot compute in {dtype}", str(found.folder), "pass bf16, fp16 or fp32")
         return cls(found, config, dtype, shards)
+
+    @classmethod
+    def outline(cls, source: str | Path, *, revision: str | None = None) -> "Model":
+        """Like `open`, but weights need not be there: a folder with config.json is enough.
+
+        Of a hub id only the small files are fetched.  Without weights the dtype is the config's,
+        names are tied as it says, and loading raises ValueError.
+        """
+        path = Path(source).expanduser()
+        if path.is_file() or path.suffix == ".gguf" or any(path.glob("model.safetensors*")):
+            return cls.open(source, revision=revision)
+        found = find(source, revision, None, weights=False)
+        config = read_config(found.folder)
+        return cls(found, config, config.dtype or torch.bfloat16, None)
 
     @property
     def blocks(self) -> int:
@@ -131,6 +154,16 @@ class Model:
         """Full name of a block, "model.layers.3"."""
         return f"{self.arch.blocks}.{index}"
 
+    @property
+    def head_tied(self) -> bool:
+        """Is the head's weight the embedding's?"""
+        return is_tied(self.tied, self.arch.embed, self.arch.head)
+
+    def check(self, plan: Plan) -> None:
+        """Raise ValueError unless `plan` names all of `shapes` and else only of `outer_shapes`."""
+        check_outer(plan, self.skeleton, self.arch, self.outer_shapes)
+        plan.check(self.shapes, self.outer_shapes)
+
     def files(self) -> list[Path]:
         """Tokenizer, chat template and generation config of the source, to be carried over."""
         return self._source.files()
@@ -157,7 +190,7 @@ class Model:
         self._empty[index] = copy.deepcopy(block)
         try:
             self._loader.load(index, device)
-            _check_finite(self.block_name(index), block)
+            check_finite(self.block_name(index), block)
             normalise(block, self.arch.joined, self.config, self.block_name(index))
         except BaseException:
             self.unload(index)
@@ -178,10 +211,22 @@ class Model:
             self._set(target, self.skeleton.get_parameter(known[-1]))
             self._set(source, self.skeleton.get_parameter(known[-1]))
         for name, tensor in self._outer():
-            _check_finite_tensor(name, tensor)
+            check_finite_tensor(name, tensor)
             tensor.requires_grad_(False)
         for module, name, buffer in self._outer_buffers():
             module._buffers[name] = buffer.to(device)
+        for name, parts in self._replaced.items():
+            weight = nn.Parameter(decoded(parts, self.dtype).to(device), requires_grad=False)
+            for path in [name, *([self.arch.head] if self.head_tied else [])]:
+                self._set(f"{path}.weight", weight)
+
+    def replace_outer(self, parts: Mapping[str, Sequence[Part]]) -> None:
+        """From now on load_outer() gives these layers the sum of their parts; {} = the source's.
+
+        Names of `outer_shapes`; the parts are kept, not copied.
+        """
+        assert parts.keys() <= self.outer_shapes.keys(), (list(parts), list(self.outer_shapes))
+        self._replaced = dict(parts)
 
     def unload_outer(self) -> None:
         """Free what load_outer() loaded."""
@@ -241,20 +286,3 @@ class Model:
         total = sum(tensor.numel() for tensor in block.parameters())
         grouped = sum(rows * columns for rows, columns in shapes.values())
         return _Layout(groups, shapes, grouped, total - grouped)
-
-
-def _check_finite(prefix: str, module: nn.Module) -> None:
-    for name, tensor in module.named_parameters(prefix=prefix):
-        _check_finite_tensor(name, tensor)
-
-
-def _check_finite_tensor(name: str, tensor: Tensor) -> None:
-    """Raise ValueError where a weight holds NaN or Inf, also after the cast to the dtype."""
-    # One pass without a mask in memory: NaN spreads to both ends, Inf is one of them.
-    if tensor.numel() and not all(bool(end.isfinite()) for end in tensor.detach().aminmax()):
-        bad = tensor.numel() - int(tensor.isfinite().sum())
-        refuse(
-            f"a weight is not finite in {tensor.dtype}",
-            f"{name}: {bad} of {tensor.numel()} values are NaN or Inf",
-            "repair or download the model again, or choose a dtype with a wider range",
-        )

@@ -46,9 +46,12 @@ def resolve(
     revision: str | None,
     cache: Path | None,
     dtype: torch.dtype = torch.bfloat16,  # nearly all models are published in it
+    *,
+    weights: bool = True,
 ) -> Source:
     """Find (download, convert) the folder of a model; `dtype` is what a .gguf is converted to.
 
+    Without `weights` the small files are enough and nothing else is fetched.
     Raises ValueError, in three lines, where there is no model or no network for a hub id.
     """
     name, path = str(source), Path(source).expanduser()
@@ -61,8 +64,9 @@ def resolve(
     if not path.is_dir():
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
             refuse("there is no such folder", name, "give a Hugging Face folder or a .gguf file")
-        path = _download(name, revision)
-    _check_folder(path)
+        path = _download(name, revision, weights)
+    if weights:
+        _check_folder(path)
     return Source(name, path)
 
 
@@ -158,11 +162,12 @@ def _check_folder(folder: Path) -> None:
     refuse("the folder holds no weights", f"{folder}: no model.safetensors", instead)
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "model*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+    patterns = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+    patterns += ["model*.safetensors"] if weights else []
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

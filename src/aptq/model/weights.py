@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -23,6 +23,8 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
+
+from aptq.model.sources import refuse
 
 OUTER = -1  # the index under which everything outside the blocks is loaded
 # Buffers that old checkpoints still carry and current modules compute themselves.
@@ -248,3 +250,35 @@ class Loader:
             if len(stored) == 2 and not torch.equal(*stored):
                 del ties[pair[0]]
         return ties
+
+
+class Absent:
+    """In the place of a Loader where there are no weights: everything but loading works."""
+
+    def __init__(self, skeleton: PreTrainedModel, folder: Path) -> None:
+        self.folder, self.tied = folder, dict(skeleton.all_tied_weights_keys)
+
+    def load(self, index: int, device: str | torch.device) -> NoReturn:
+        """Raise ValueError."""
+        raise ValueError(
+            f"the folder holds no weights\n{self.folder}: config.json only, good for planning\n"
+            "give a folder with model.safetensors"
+        )
+
+
+def check_finite(prefix: str, module: nn.Module) -> None:
+    """Raise ValueError where a parameter of `module` holds NaN or Inf."""
+    for name, tensor in module.named_parameters(prefix=prefix):
+        check_finite_tensor(name, tensor)
+
+
+def check_finite_tensor(name: str, tensor: Tensor) -> None:
+    """Raise ValueError where a weight holds NaN or Inf, also after the cast to the dtype."""
+    # One pass without a mask in memory: NaN spreads to both ends, Inf is one of them.
+    if tensor.numel() and not all(bool(end.isfinite()) for end in tensor.detach().aminmax()):
+        bad = tensor.numel() - int(tensor.isfinite().sum())
+        refuse(
+            f"a weight is not finite in {tensor.dtype}",
+            f"{name}: {bad} of {tensor.numel()} values are NaN or Inf",
+            "repair or download the model again, or choose a dtype with a wider range",
+        )

@@ -51,7 +51,7 @@ class AptqConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 class AptqQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Puts PackedLinear into the skeleton, and lets kernels take over the loaded storage."""
+    """Puts packed modules into the skeleton, and lets kernels take over the loaded storage."""
 
     requires_calibration = True
 
@@ -66,7 +66,7 @@ class AptqQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: object
     ) -> None:
-        from aptq.runtime.linear import pack_skeleton
+        from aptq.runtime.skeleton import pack_skeleton
         from aptq.store.headers import check_headers
         from aptq.store.manifest import read_plan
 
@@ -79,7 +79,7 @@ class AptqQuantizer(HfQuantizer):  # type: ignore[misc]
                 module._is_hf_initialized = True
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: object) -> None:
-        from aptq.runtime.linear import prepare_model
+        from aptq.runtime.skeleton import prepare_model
 
         if any(tensor.is_meta for tensor in model.state_dict().values()):
             raise ValueError(

@@ -6,47 +6,26 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
 from aptq.core.parts import PARTS, Part, part_specs
-from aptq.core.plan import Plan, Target
-from aptq.failures import Corrupt
+from aptq.core.plan import Target
 from aptq.kernels.dispatch import Choice, prepare
 from aptq.kernels.reference import Reference
-from aptq.model.normalise import normalise_model
 
 
-class PackedLinear(nn.Module):
-    """y = sum of x @ part.T over the parts, + bias.  x [..., in] -> [..., out].
+class Packed(nn.Module):
+    """Holds a weight as the sum of `parts`; what is computed with it, subclasses say.
 
     Its tensors are called as in a checkpoint, "parts.0.codes", until prepare() lets kernels
     replace them.
     """
 
     parts: nn.ModuleList
-    bias: nn.Parameter | None
 
-    def __init__(self, parts: Sequence[Part], bias: Tensor | None = None) -> None:
+    def __init__(self, parts: Sequence[Part]) -> None:
         super().__init__()
         assert parts, "a packed layer without parts"
-        self.out_features, self.in_features = parts[0].shape
         self.parts = nn.ModuleList(Reference(part) for part in parts)
-        fixed = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self.register_parameter("bias", fixed)
-
-    @classmethod
-    def empty(cls, target: Target, shape: tuple[int, int], bias: Tensor | None) -> PackedLinear:
-        """Without values, on meta: what a checkpoint is loaded into."""
-        parts: list[Part] = []
-        for spec in target.parts:
-            tensors = {
-                name: torch.empty(size, dtype=dtype, device="meta")
-                for name, (dtype, size) in part_specs(spec.grid, shape).items()
-            }
-            kind = "dense" if spec.grid.dense else "quantized"
-            meta = {"type": kind} if spec.grid.dense else {"type": kind, "grid": str(spec.grid)}
-            parts.append(PARTS[kind].load(tensors, meta, shape))
-        return cls(parts, bias)
 
     def prepare(self, dtype: torch.dtype, choice: Choice = "auto") -> None:
         """Replace the stored tensors by what the best kernel for activations of `dtype` wants."""
@@ -55,11 +34,28 @@ class PackedLinear(nn.Module):
             self.parts[index] = prepare(stored.part, dtype, choice)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight [out, in]; only with the reference kernel, which keeps what is stored."""
+        """The weight; only with the reference kernel, which keeps what is stored."""
         kernels = [kernel for kernel in self.parts if isinstance(kernel, Reference)]
         assert len(kernels) == len(self.parts), "other kernels keep rearranged storage"
         weights = [kernel.part.dense() for kernel in kernels]
         return sum(weights[1:], start=weights[0]).to(dtype)
+
+
+class PackedLinear(Packed):
+    """y = sum of x @ part.T over the parts, + bias.  x [..., in] -> [..., out]."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, parts: Sequence[Part], bias: Tensor | None = None) -> None:
+        super().__init__(parts)
+        self.out_features, self.in_features = parts[0].shape
+        fixed = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.register_parameter("bias", fixed)
+
+    @classmethod
+    def empty(cls, target: Target, shape: tuple[int, int], bias: Tensor | None) -> PackedLinear:
+        """Without values, on meta: what a checkpoint is loaded into."""
+        return cls(empty_parts(target, shape), bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out] in the dtype of x."""
@@ -75,28 +71,15 @@ class PackedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
-def pack_skeleton(skeleton: nn.Module, config: PreTrainedConfig, plan: Plan) -> None:
-    """Normalise a skeleton on meta and put an empty PackedLinear for every layer of the plan.
-
-    Raises Corrupt if the plan names what is no linear layer of the model.
-    """
-    normalise_model(skeleton, config)
-    modules = dict(skeleton.named_modules())
-    for name, target in plan.targets.items():
-        linear = modules.get(name)
-        if not isinstance(linear, nn.Linear):
-            found = "nothing" if linear is None else type(linear).__name__
-            raise Corrupt(
-                f"the plan does not fit the model\n{name}: {found}, a linear layer expected "
-                f"in {config.model_type}\nuse the config.json that belongs to the checkpoint"
-            )
-        if not target.kept:
-            shape = (linear.out_features, linear.in_features)
-            skeleton.set_submodule(name, PackedLinear.empty(target, shape, linear.bias))
-
-
-def prepare_model(model: nn.Module, dtype: torch.dtype, choice: Choice) -> None:
-    """Let kernels take over the storage of every packed layer, one by one."""
-    for module in model.modules():
-        if isinstance(module, PackedLinear):
-            module.prepare(dtype, choice)
+def empty_parts(target: Target, shape: tuple[int, int]) -> list[Part]:
+    """The parts of a planned weight [out, in] without values, on meta."""
+    parts: list[Part] = []
+    for spec in target.parts:
+        tensors = {
+            name: torch.empty(size, dtype=dtype, device="meta")
+            for name, (dtype, size) in part_specs(spec.grid, shape).items()
+        }
+        kind = "dense" if spec.grid.dense else "quantized"
+        meta = {"type": kind} if spec.grid.dense else {"type": kind, "grid": str(spec.grid)}
+        parts.append(PARTS[kind].load(tensors, meta, shape))
+    return parts

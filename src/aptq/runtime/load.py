@@ -15,7 +15,7 @@ from aptq.kernels.dispatch import Choice
 from aptq.model.model import build_skeleton
 from aptq.model.normalise import Experts, Joined
 from aptq.runtime.hf import register
-from aptq.runtime.linear import PackedLinear
+from aptq.runtime.linear import Packed
 from aptq.store.checkpoint import Checkpoint
 
 
@@ -79,7 +79,7 @@ def _decoded(packed: nn.Module) -> dict[str, Tensor]:
     state = {name: t for name, t in packed.state_dict().items() if ".parts." not in name}
     dtype = next(packed.parameters()).dtype
     for path, module in packed.named_modules():
-        if isinstance(module, PackedLinear):
+        if isinstance(module, Packed):
             state[f"{path}.weight"] = module.dense(dtype)
     return state
 

@@ -48,12 +48,17 @@ class Writer:
         """Publish what lies outside the blocks; tied tensors once, as Model.outer_names() says."""
         self._write(self.model.blocks, tensors)
 
-    def finish(self) -> None:
-        """Publish the outer tensors (if write_outer did not), the small files and aptq.json."""
-        if list(self.outline.shards)[-1] not in self.hashes:
+    def finish(self, packed: Mapping[str, Tensor] | None = None) -> None:
+        """Publish the outer tensors (if write_outer did not), the small files and aptq.json.
+
+        packed: by full name the tensors of the parts of planned layers outside the blocks.
+        """
+        (last, expected), packed = list(self.outline.shards.items())[-1], dict(packed or {})
+        if last not in self.hashes:
             self.model.load_outer()
             loaded = self.model.skeleton.state_dict()
-            self.write_outer({name: loaded[name] for name in self.model.outer_names()})
+            kept = {n: loaded[n] for n in self.model.outer_names() if n in expected}
+            self.write_outer(kept | packed)
             self.model.unload_outer()
         missing = self.outline.shards.keys() - self.hashes.keys()
         assert not missing, f"blocks never written: {sorted(missing)}"

@@ -36,6 +36,7 @@ class Manifest:
     plan: Plan
     shapes: Shapes  # (out, in) of every layer of the plan
     files: dict[str, str]
+    outer: tuple[str, ...] = ()  # those of the layers that lie outside the blocks
 
     def to_bytes(self) -> bytes:
         """The file; its length depends on no hash."""
@@ -49,6 +50,8 @@ class Manifest:
             "tied": self.tied,
             "plan": self.plan.to_json(),
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            # written only where there are any: other checkpoints stay as they always were
+            **({"outer": list(self.outer)} if self.outer else {}),
             "files": self.files,
         }
         return to_json(data)
@@ -62,6 +65,7 @@ class Manifest:
         kinds: dict[str, type] = dict.fromkeys(("package", "source", "model_type", "dtype"), str)
         kinds |= {"format": str, "version": int, "tied": bool}
         kinds |= dict.fromkeys(("plan", "shapes", "files"), dict)
+        kinds |= {"outer": list} if "outer" in data else {}
         closed(path, data, kinds)
         if data["dtype"] not in ("bfloat16", "float16", "float32"):
             corrupt("unknown dtype in a checkpoint", f"{path}: {data['dtype']!r}")
@@ -75,6 +79,7 @@ class Manifest:
             plan=plan,
             shapes=_shapes(path, data["shapes"], plan),
             files=_files(path, data["files"]),
+            outer=_outer(path, data.get("outer", []), plan),
         )
 
 
@@ -146,6 +151,13 @@ def _shapes(path: Path, data: dict[str, Any], plan: Plan) -> Shapes:
         if len(numbers) != 2 or any(type(n) is not int or not 0 < n < 1 << 32 for n in numbers):
             corrupt("a layer has an impossible shape", f"{path}: {name} {shape!r}")
     return {name: (shape[0], shape[1]) for name, shape in data.items()}
+
+
+def _outer(path: Path, names: list[Any], plan: Plan) -> tuple[str, ...]:
+    odd = [n for n in names if not isinstance(n, str) or n not in plan.targets]
+    if odd or len(set(names)) != len(names):
+        corrupt("layers outside the blocks that the plan lacks", f"{path}: {names[:5]!r}")
+    return tuple(names)
 
 
 def _files(path: Path, data: dict[str, Any]) -> dict[str, str]:

@@ -61,18 +61,19 @@ def predict(model: Model, plan: Plan) -> Predicted:
     """
     files = outline(model, plan).sizes()
     itemsize = model.dtype.itemsize
-    linear_bytes = plan.nbytes(model.shapes, itemsize)
-    return Predicted(files, sum(files.values()), linear_bytes, plan.bits(model.shapes, itemsize))
+    inside = model.shapes, itemsize, model.outer_shapes
+    return Predicted(files, sum(files.values()), plan.nbytes(*inside), plan.bits(*inside))
 
 
 def outline(model: Model, plan: Plan) -> Outline:
     """All files of the checkpoint.  Raises ValueError as predict does."""
-    plan.check(model.shapes)
+    model.check(plan)
     dtypes = _Dtypes(model)
     tensors = _blocks(model, plan, dtypes)
     skeleton = model.skeleton.state_dict()
-    tensors.append({name: dtypes.of(name, spec_of(skeleton[name])) for name in model.outer_names()})
-    count = len(tensors)
+    kept = {name: dtypes.of(name, spec_of(skeleton[name])) for name in model.outer_names()}
+    tensors.append(_packed(kept, plan.targets, model.outer_shapes))
+    shapes, count = {**model.shapes, **model.outer_shapes}, len(tensors)
     shards = {f"model-{i:05d}-of-{count:05d}.safetensors": t for i, t in enumerate(tensors, 1)}
     texts = {"config.json": _config(model, plan), INDEX: _index(shards)}
     texts |= {path.name: path.read_bytes() for path in model.files()}
@@ -83,7 +84,8 @@ def outline(model: Model, plan: Plan) -> Outline:
         dtype=_name(model.dtype),
         tied=bool(model.tied),
         plan=plan,
-        shapes={name: model.shapes[name] for name in plan.targets},
+        shapes={name: shapes[name] for name in plan.targets},
+        outer=tuple(name for name in plan.targets if name in model.outer_shapes),
         files=dict.fromkeys([*shards, *texts], NO_HASH),
     )
     return Outline(shards, texts, manifest)
@@ -125,7 +127,7 @@ def _blocks(model: Model, plan: Plan, dtypes: _Dtypes) -> list[dict[str, Spec]]:
 def _packed(
     kept: Mapping[str, Spec], targets: Mapping[str, Target], shapes: Shapes
 ) -> dict[str, Spec]:
-    """The tensors of a block with the weight of every planned layer replaced by its parts."""
+    """Some tensors with the weight of every planned layer replaced by its parts."""
     specs: dict[str, Spec] = {}
     for path, spec in kept.items():
         layer = path.removesuffix(".weight")
