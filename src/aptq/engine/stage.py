@@ -5,9 +5,12 @@ A subclass is a frozen dataclass of options with one hook overridden.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
+from torch import Tensor
+
+from aptq.core.plan import Target
 from aptq.engine.block import Block
 from aptq.engine.layer import Layer
 from aptq.engine.stat import Stat
@@ -42,6 +45,14 @@ class Stage:
     def on_layer(self, layer: Layer) -> Layer:
         """Compress one layer; returned, not only mutated, so that it may run elsewhere."""
         return layer
+
+    def attempt(self, layer: Layer, targets: Sequence[Target]) -> Iterator[Tensor]:
+        """The dense weights [out, in] that `on_layer` makes of a layer at each of some targets.
+
+        The layer gets no parts.  Methods override it where many targets share work.
+        """
+        for target in targets:
+            yield self.on_layer(replace(layer, target=target, parts=[])).dense()
 
 
 methods: Registry[Stage] = Registry("aptq.methods")

@@ -1,0 +1,140 @@
+"""Local: measures that judge the error of one layer by statistics of the block it is in.
+
+The model that they see is the uncompressed one, one block in memory: forward, or backward where
+output gradients are asked for.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from aptq.core.scores import Scores
+from aptq.engine.backward import Labels, Observed, backward_walk
+from aptq.engine.heap import trim_heap
+from aptq.engine.layer import Layer
+from aptq.engine.measure import Findings, Measure, Subject, errors
+from aptq.engine.stat import Stat
+from aptq.engine.stream import free_bytes
+from aptq.engine.tape import open_tape
+from aptq.engine.walk import Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class Local(Measure):
+    """`needs` are statistics of its own; `score` finds those and the stages' in `layer.stats`."""
+
+    @property
+    def loss(self) -> Labels:
+        """Labels of the loss whose gradients it reads, if `backward`."""
+        return "sampled"
+
+    @property
+    def twice(self) -> bool:
+        """Does it look at the data again once the errors are known?"""
+        return False
+
+    @abstractmethod
+    def score(self, subject: Subject, layer: Layer, changes: Iterator[Tensor]) -> Tensor:
+        """Sums over the tokens of each half [2, candidates]; `changes` are the candidates' dW.
+
+        They are made as they are asked for, so that one is in memory at a time.
+        """
+
+    def profile(self, layer: Layer) -> Tensor | None:
+        """Mean squared output gradient by position [bins], where it is measured."""
+        return None
+
+    def watch(self, changes: Sequence[Tensor]) -> Stat:
+        """What is shown the data again, if `twice`; `score` then reads it from `layer.stats`."""
+        raise NotImplementedError
+
+    def run(self, subject: Subject) -> Scores:
+        """One walk over the blocks."""
+        found = Findings()
+        if self.backward:
+            self._backward(subject, found)
+        else:
+            self._forward(subject, found)
+        return self.scores(subject, found)
+
+    def _forward(self, subject: Subject, found: Findings) -> None:
+        model, stream = subject.model, subject.stream()
+        needs = tuple(dict.fromkeys((*self.needs(), *subject.needs())))
+        for index in range(model.blocks):
+            began = time.perf_counter()
+            block = subject.block(index, stream)
+            for group in block.groups:
+                layers = block.open_layers(group)
+                if layers:
+                    block.collect(needs, group)
+                self._score(subject, layers, found)
+            if index + 1 < model.blocks:
+                stream.advance(index, block.module)
+            model.unload(index)
+            del block  # before the next one is loaded
+            trim_heap()
+            if subject.report is not None:
+                subject.report(Progress(index, model.blocks, time.perf_counter() - began))
+        stream.close()
+
+    def _backward(self, subject: Subject, found: Findings) -> None:
+        model, ids = subject.model, subject.ids
+        tape = open_tape(
+            model, ids, device=subject.device, folder=subject.folder, where=subject.where
+        )
+
+        def visit(block: Observed) -> None:
+            layers = [x for x in block.layers.values() if x.name in subject.names]
+            if layers:
+                self._visit(subject, block, layers, found)
+
+        backward_walk(
+            model, tape, ids, visit, labels=self.loss, seed=subject.seed, report=subject.report
+        )
+
+    def _visit(
+        self, subject: Subject, block: Observed, layers: Sequence[Layer], found: Findings
+    ) -> None:
+        late = [need for need in subject.needs() if need.weighted]
+        early = [need for need in subject.needs() if not need.weighted]
+        block.observe(tuple(dict.fromkeys((*self.needs(), *early))))
+        for layer in block.layers.values():  # of those that are not scored too: others need them
+            layer.profile, layer.window = self.profile(layer), subject.ids.shape[1]
+            if layer.profile is not None:
+                found.profiles[layer.name] = layer.profile.cpu()
+        if late:
+            block.observe(late, layers)
+        for some in self._slices(subject, layers) if self.twice else [layers]:
+            if self.twice:
+                changes = {x.name: list(errors(x, subject.targets, subject.stages)) for x in some}
+                block.observe({name: [self.watch(held)] for name, held in changes.items()}, some)
+                del changes
+            self._score(subject, some, found)
+
+    def _score(self, subject: Subject, layers: Sequence[Layer], found: Findings) -> None:
+        """Score layers that have their statistics, and free these."""
+        for layer in layers:
+            changes = errors(layer, subject.targets, subject.stages)
+            found.add(layer, self.score(subject, layer, changes))
+        for layer in layers:
+            for stat in layer.stats.values():
+                stat.forget()
+            layer.stats.clear()
+
+    def _slices(self, subject: Subject, layers: Sequence[Layer]) -> list[list[Layer]]:
+        """Cut `layers` so that one slice's errors take at most half of the free memory."""
+        limit, used = free_bytes(subject.device) // 2, 0
+        slices: list[list[Layer]] = [[]]
+        for layer in layers:
+            size = layer.weight.nbytes * len(subject.targets)
+            if slices[-1] and used + size > limit:
+                slices.append([])
+                used = 0
+            slices[-1].append(layer)
+            used += size
+        return slices

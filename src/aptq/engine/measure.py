@@ -1,0 +1,241 @@
+"""Measure: what every candidate would do to the model at every layer, as a table of Scores.
+
+The error dW = Q - W of a candidate is made by the recipe's own stages, from the same statistics
+that they will compress with; a loss of a plan is the sum of its layers' losses.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from aptq.core.plan import Plan, Target
+from aptq.core.profile import Profiles
+from aptq.core.scores import Scores, Table
+from aptq.engine.block import Block, Order
+from aptq.engine.layer import Layer
+from aptq.engine.stage import Stage, methods
+from aptq.engine.stat import Stat
+from aptq.engine.stream import Stream, Where, open_stream
+from aptq.engine.walk import Progress
+from aptq.model.model import Model
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured, and on what.  Raises ValueError where there is nothing to choose."""
+
+    model: Model
+    ids: Tensor  # [windows, length] int64
+    device: torch.device
+    folder: Path  # for files of intermediate states
+    where: Where  # those states: auto, memory or disk
+    stages: tuple[Stage, ...]  # the recipe's: they make the errors
+    targets: tuple[Target, ...]  # the candidates
+    names: frozenset[str]  # layers to score; all others stay as they are
+    seed: int = 0
+    report: Callable[[Progress], None] | None = None
+    profiles: Profiles | None = None  # weights of rows for stages that ask for them
+    order: Order = "block"  # of the walk that judges whole plans
+
+    def __post_init__(self) -> None:
+        unknown = sorted(self.names - self.model.shapes.keys())
+        if unknown or not self.names or all(exact(target) for target in self.targets):
+            raise ValueError(
+                "there is nothing to measure\n"
+                f"{len(self.names)} layers ({len(unknown)} unknown: {', '.join(unknown[:3])}), "
+                f"candidates {', '.join(map(str, self.targets)) or 'none'}\n"
+                "give layers inside the blocks and a candidate below 16 bits"
+            )
+
+    def plan(self, target: Target, others: Mapping[str, Target] | None = None) -> Plan:
+        """`target` for all layers to score but the `others`; what is not scored is kept."""
+        chosen = {name: target if name in self.names else Target() for name in self.model.shapes}
+        return Plan({**chosen, **(others or {})}, {"rule": "measured"})
+
+    def ranked(self) -> list[int]:
+        """Numbers of the candidates from the smallest to the largest."""
+        size = self.model.dtype.itemsize
+        shapes = [self.model.shapes[name] for name in sorted(self.names)]
+        costs = [sum(target.nbytes(shape, size) for shape in shapes) for target in self.targets]
+        return sorted(range(len(costs)), key=costs.__getitem__)
+
+    def middle(self) -> Target:
+        """The candidate in the middle of those below 16 bits, by size."""
+        below = [number for number in self.ranked() if not exact(self.targets[number])]
+        return self.targets[below[len(below) // 2]]
+
+    def needs(self) -> tuple[Stat, ...]:
+        """What the stages want to see."""
+        return tuple(dict.fromkeys(need for stage in self.stages for need in stage.needs()))
+
+    def stream(self, name: str = "hidden") -> Stream:
+        """The windows, embedded; `name` is that of the file if they do not fit in memory."""
+        return open_stream(
+            self.model,
+            self.ids,
+            device=self.device,
+            folder=self.folder,
+            where=self.where,
+            name=name,
+        )
+
+    def block(self, index: int, stream: Stream) -> Block:
+        """Block `index`, loaded, with the layers to score open for stages."""
+        module = self.model.load(index, self.device)
+        open_for_stages = next(target for target in self.targets if not exact(target))
+        name, groups = self.model.block_name(index), self.model.groups(index)
+        plan = self.plan(open_for_stages)
+        return Block(index, name, module, groups, plan, stream, "block", self.profiles)
+
+
+def exact(target: Target) -> bool:
+    """True where no stage has work: kept, or stored in 16 bits."""
+    return target.kept or (target.grid is not None and target.grid.dense)
+
+
+def errors(layer: Layer, targets: Sequence[Target], stages: Sequence[Stage]) -> Iterator[Tensor]:
+    """dW = Q - W float32 [out, in] for each target, made by the stages from `layer.stats`.
+
+    Exactly 0 where a 16-bit target stores the weight as it is.  What the stages count is added to
+    `layer.counts`.
+    """
+    lossy = [target for target in targets if not exact(target)]
+    made = stages[0].attempt(layer, lossy) if len(stages) == 1 else _made(layer, lossy, stages)
+    for target in targets:
+        if target.kept:
+            yield torch.zeros_like(layer.weight)
+        elif exact(target):
+            yield layer.weight.to(torch.bfloat16).float() - layer.weight
+        else:
+            yield next(made) - layer.weight
+
+
+def _made(layer: Layer, targets: Sequence[Target], stages: Sequence[Stage]) -> Iterator[Tensor]:
+    """What all stages together make of the layer at each target, [out, in]."""
+    for target in targets:
+        scratch = replace(layer, target=target, parts=[])
+        for stage in stages:
+            scratch = stage.on_layer(scratch)
+        yield scratch.dense()
+
+
+def row_damage(change: Tensor, hessian: Tensor) -> Tensor:
+    """dW_j H dW_j^T of every row j of dW [out, in], H [in, in]; float64 [out]."""
+    return ((change @ hessian) * change).sum(dim=1, dtype=torch.float64)
+
+
+@dataclass
+class Findings:
+    """The table on its way: per layer [2, candidates] sums over the tokens of each half, or
+    [1, candidates] over all of them where halves are not told apart.
+    """
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    profiles: dict[str, Tensor] = field(default_factory=dict)  # [bins]
+    counts: dict[str, float] = field(default_factory=dict)
+
+    def add(self, layer: Layer, sums: Tensor) -> None:
+        """File what was found for a layer, with what the stages counted."""
+        assert sums.shape[0] in (1, 2), sums.shape
+        self.sums[layer.name] = sums.double().cpu()
+        for name, value in layer.counts.items():
+            self.counts[name] = self.counts.get(name, 0.0) + value
+
+    def table(self, subject: Subject) -> tuple[Table, Table]:
+        """Losses per token and their standard errors: half the difference of the two halves, the
+        windows of even and of odd number; 0 for a single window.
+        """
+        windows, length = subject.ids.shape
+        tokens = torch.tensor([(windows + 1) // 2, windows // 2], dtype=torch.float64) * length
+        losses, noise = {}, {}
+        for name in (name for name in subject.model.shapes if name in self.sums):
+            sums = self.sums[name]
+            means = sums / tokens[: len(sums), None].clamp(min=1)
+            spread = (means[0] - means[-1]).abs() / 2 * (windows > 1)
+            losses[name] = tuple((sums.sum(dim=0) / tokens.sum()).tolist())
+            noise[name] = tuple(spread.tolist())
+        return losses, noise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure(Stage, ABC):
+    """Base of all measures.  `unit`: nats per token, or a number that only orders."""
+
+    unit: ClassVar[Literal["nats", "relative"]]
+    backward: ClassVar[bool] = False  # does it read output gradients, and so finds profiles?
+
+    @abstractmethod
+    def run(self, subject: Subject) -> Scores:
+        """Score every layer of the subject at every candidate."""
+
+    def scores(self, subject: Subject, found: Findings) -> Scores:
+        """The table of what was found on the windows of the subject."""
+        held = (
+            Profiles(subject.ids.shape[1], found.profiles) if found.profiles else subject.profiles
+        )
+        losses, noise = found.table(subject)
+        return Scores(
+            methods.name_of(type(self)),
+            self.unit,
+            tuple(map(str, subject.targets)),
+            losses,
+            noise,
+            window=held.window if held else 0,
+            profiles={name: tuple(p.tolist()) for name, p in held.of.items()} if held else {},
+            record=self.record(subject, found.counts),
+        )
+
+    def record(self, subject: Subject, counts: Mapping[str, float]) -> dict[str, str]:
+        """Where the numbers come from."""
+        return {
+            "source": subject.model.source,
+            "options": repr(self),
+            "stages": ", ".join(map(repr, subject.stages)),
+            "windows": " x ".join(map(str, subject.ids.shape)),
+            "seed": str(subject.seed),
+            "device": subject.device.type,
+            "counts": ", ".join(f"{name} {value:g}" for name, value in sorted(counts.items())),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule(Measure):
+    """Base of controls that know shapes, roles and places only: weights * 4^(worth - bits).
+
+    The squared step of a grid falls by 4 with each bit.
+    """
+
+    unit: ClassVar[Literal["nats", "relative"]] = "relative"
+
+    def worth(self, role: str, block: int, blocks: int) -> float:
+        """Bits that a layer deserves beyond others."""
+        return 0.0
+
+    def run(self, subject: Subject) -> Scores:
+        """No data is read."""
+        model, losses = subject.model, {}
+        for index in range(model.blocks):
+            for group in model.groups(index):
+                for role, name in group.layers.items():
+                    scale = math.prod(model.shapes[name]) * 4 ** self.worth(
+                        role, index, model.blocks
+                    )
+                    if name in subject.names:
+                        losses[name] = tuple(scale * step(target) for target in subject.targets)
+        noise = {name: (0.0,) * len(subject.targets) for name in losses}
+        texts = tuple(map(str, subject.targets))
+        record = self.record(replace(subject, ids=subject.ids[:0]), {})
+        return Scores(methods.name_of(type(self)), self.unit, texts, losses, noise, record=record)
+
+
+def step(target: Target) -> float:
+    """Squared step of a target's grids over the range, 4^-bits; 0 at 16 bits."""
+    return 0.0 if exact(target) else 4.0 ** -sum(part.grid.bits for part in target.parts)

@@ -1,0 +1,1 @@
+"""Measures: how much a model suffers from every candidate at every layer."""
