@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from aptq.core.grid import Grid
-from aptq.core.plan import Budget, PartSpec, Plan, Shapes, Target
+from aptq.core.plan import PartSpec, Plan, Shapes, Target
 
 SHAPES: Shapes = {
     f"model.layers.{block}.{name}": shape
@@ -116,25 +116,27 @@ def test_check_finds_layers_too_many_and_too_few() -> None:
             call(few)
 
 
-@pytest.mark.parametrize(
-    ("text", "bpw", "nbytes"),
-    [
-        ("4bpw", 4.0, None),
-        ("3.5 bpw", 3.5, None),
-        ("4.2GiB", None, int(4.2 * 2**30)),
-        ("110MB", None, 110_000_000),
-        ("500MiB", None, 500 * 2**20),
-        ("12kb", None, 12_000),
-    ],
-)
-def test_budgets(text: str, bpw: float | None, nbytes: int | None) -> None:
-    assert Budget.parse(text) == Budget(bpw, nbytes)
+OUTER: Shapes = {"model.embed_tokens": (260, 48), "lm_head": (260, 48)}
 
 
-@pytest.mark.parametrize(
-    "text", ["", "4", "bpw", "-4bpw", "0bpw", "4 bits", "1e3MB", "4.bpw", "nanGB"]
-)
-def test_bad_budgets_are_refused_in_three_lines(text: str) -> None:
-    with pytest.raises(ValueError, match="not a budget") as caught:
-        Budget.parse(text)
-    assert len(str(caught.value).splitlines()) == 3
+def test_layers_outside_the_blocks_may_be_named_and_never_count() -> None:
+    inside = Plan.uniform(SHAPES, GRID, keep=["*.0.*"])
+    double = Target((PartSpec(Grid("int2", 0)),))
+    plan = Plan({**inside.targets, "lm_head": double, "model.embed_tokens": Target()})
+    plan.check(SHAPES, OUTER)
+    inside.check(SHAPES, OUTER)  # a plan without them keeps them
+    assert plan.nbytes(SHAPES, 2, OUTER) == inside.nbytes(SHAPES, 2)
+    assert plan.bits(SHAPES, 2, OUTER) == inside.bits(SHAPES, 2)
+    assert plan.bits({**SHAPES, **OUTER}, 2, OUTER) == inside.bits(SHAPES, 2)
+    assert plan.bits({**SHAPES, **OUTER}, 2) != inside.bits(SHAPES, 2)
+    for call in (plan.check, plan.nbytes, plan.bits):
+        with pytest.raises(ValueError, match=r"names layer 'lm_head', which the model lacks"):
+            call(SHAPES)
+    for call in (plan.nbytes, plan.bits):
+        with pytest.raises(ValueError, match=r"names layer 'lm_head', which the model lacks"):
+            call(SHAPES, 2, ["model.embed_tokens"])
+    with pytest.raises(ValueError, match=r"plan lacks layer 'model\.layers\.0"):
+        Plan({"lm_head": double}).check(SHAPES, OUTER)
+    other = Plan({**inside.targets, "lm_heart": double})
+    with pytest.raises(ValueError, match=r"(?s)names layer 'lm_heart'.*did you mean lm_head"):
+        other.check(SHAPES, OUTER)

@@ -1,25 +1,46 @@
 """GPTQ: round column by column, push each error onto the columns still free (arXiv:2210.17323).
 
 Minimises tr((W - Q) H (W - Q)^T) over Q on the layer's grid; W, Q [out, in], H [in, in] the second
-moment of the layer's inputs.
+moment of the layer's inputs, or with hessian != "layer" sum_h tr(H_out E_h H E_h^T) / tr H for q, k
+and v, as the attention's output sees it: APTQ (arXiv:2402.14866).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from aptq.core.grid import Grid
+from aptq.core.kron import head_factors, sweep_rows
 from aptq.core.linalg import Damping, dead_columns
 from aptq.core.parts import part_of
+from aptq.core.plan import Target
 from aptq.core.rounding import Scales, fit, shrinks, snap
+from aptq.core.stack import ROW_BYTES, StackRule
 from aptq.core.sweep import GridRule, sweep
 from aptq.engine.layer import Layer
 from aptq.engine.stage import Stage, methods
+from aptq.stats.attention import AttentionHessian
 from aptq.stats.hessian import Hessian
+
+STACKED = 512 << 20  # bytes of candidates that are swept together
+# share of mean(diag H) added before the drift is solved for: more than before a sweep, for it would
+# fit the noise of small directions
+DRIFT_DAMP = 0.03
+
+
+class Problem(NamedTuple):
+    """What the rows of a layer have in common."""
+
+    W: Tensor  # [out, in] float32: what to round
+    H: Tensor  # [in, in]
+    U: Tensor  # [in, in] upper in visiting order, H^-1 = U^T U
+    order: Tensor  # LongTensor [in]
+    importance: Tensor | None  # [in] cost of a squared error in the range search
 
 
 @methods.register("gptq")
@@ -41,14 +62,32 @@ class GPTQ(Stage):
     # column costs once the later columns have made up for it, 1 / U_jj^2
     importance: Literal["equal", "diagonal", "conditional"] = "conditional"
     first: float = 0.0  # weight of a window's first token as a share of the whole window's
+    # weights of the rows of H: alike; by the squared gradient of the model's loss at the layer's
+    # output, by position; by what the attention makes of an error of the token
+    rows: Literal["uniform", "gradient", "attention"] = "uniform"
+    # share of the change of the inputs, made by compressed blocks before, that the weights make up
+    # for (arXiv:2504.02692; 0.25 is what arXiv:2602.04929 uses); 0 = none
+    drift: float = 0.0
+    # H of q, k and v: of the layer's own output; of the attention's, input side; both sides; both
+    # mixed with the plain ones
+    hessian: Literal["layer", "attn-in", "attn-kron", "blend"] = "layer"
+    per_head: bool = False  # an input side of its own for every head, not one for all
+    head_rows: int = 16  # rows of a head rounded together (arXiv:2602.04929); 1 is exact
+    probes: int = 2  # backward passes a batch that estimate what has no closed form
 
     def __post_init__(self) -> None:
-        """Raise ValueError for values out of range and orders that no stored format can hold."""
+        """Raise ValueError for values out of range and options that exclude each other."""
         if not 0 < self.clip <= 1 or self.damp < 0 or not 0 <= self.first < 1:
             raise ValueError(
                 "gptq: an option is out of range\n"
                 f"clip = {self.clip} (0..1], damp = {self.damp} >= 0, first = {self.first} [0..1)\n"
                 "correct it in the recipe"
+            )
+        if not 0 <= self.drift <= 1 or min(self.head_rows, self.probes) < 1:
+            raise ValueError(
+                "gptq: an option is out of range\n"
+                f"drift = {self.drift} [0..1], head_rows = {self.head_rows} >= 1, probes = "
+                f"{self.probes} >= 1\ncorrect it in the recipe"
             )
         if self.columns == "activation" and self.groups == "dynamic":
             raise ValueError(
@@ -56,55 +95,132 @@ class GPTQ(Stage):
                 "columns = 'activation' with groups = 'dynamic'\n"
                 "use columns = 'grouped', or groups = 'static'"
             )
+        if self.attentive and (self.drift or self.groups == "dynamic"):
+            raise ValueError(
+                "gptq: what the attention sees goes with static groups and without drift\n"
+                f"hessian = {self.hessian!r}, rows = {self.rows!r}, drift = {self.drift}, "
+                f"groups = {self.groups!r}\nuse hessian = 'layer', or drift = 0 and static groups"
+            )
+
+    @property
+    def attentive(self) -> bool:
+        """Does the Hessian look through the attention?"""
+        return self.hessian != "layer" or self.rows == "attention"
 
     def needs(self) -> tuple[Hessian, ...]:
         """The weighted second moment of the inputs."""
-        return (Hessian(first=self.first),)
+        if self.rows != "attention" and self.hessian == "layer":
+            return (Hessian(first=self.first, rows=self.rows, drift=self.drift > 0),)
+        return (
+            AttentionHessian(
+                mode=self.hessian,
+                first=self.first,
+                rows=self.rows,
+                per_head=self.per_head,
+                probes=self.probes,
+            ),
+        )
+
+    def seen(self, layer: Layer) -> Hessian:
+        """The Hessian that the layer has been shown."""
+        hessian = layer.stats[self.needs()[0]]
+        assert isinstance(hessian, Hessian), type(hessian)
+        return hessian
 
     def objective(self, layer: Layer) -> float:
         """tr(E H E^T), the mean squared change of the layer's output per weighted token."""
-        hessian = layer.stats[self.needs()[0]]
-        assert isinstance(hessian, Hessian), type(hessian)
         error = layer.residual()
-        return float(((error @ hessian.matrix()) * error).sum())
+        return float(((error @ self.seen(layer).matrix()) * error).sum())
 
     def on_layer(self, layer: Layer) -> Layer:
         """Add the part that best stands for what is left of the weight."""
         grid = layer.target.grid
         assert grid is not None, f"{layer.name} has no single grid: {layer.target}"
-        hessian = layer.stats[self.needs()[0]]
-        assert isinstance(hessian, Hessian), type(hessian)
+        problem = self.prepare(layer, grid)
+        if problem is None:
+            W = layer.residual()
+            scales = fit(W, grid, shrink=shrinks(self.clip))
+            rounded = snap(W, scales, grid)
+        else:
+            rounded, scales = self.compensate(layer, problem, grid)
+        layer.parts.append(part_of(rounded, scales, grid))
+        return layer
+
+    def attempt(self, layer: Layer, targets: Sequence[Target]) -> Iterator[Tensor]:
+        """All candidates in few sweeps, where one order of columns fits all."""
+        grids = [target.grid for target in targets if target.grid is not None]
+        simple = self.groups == "static" and self.columns != "grouped" and not self.attentive
+        problem = self.prepare(layer, grids[0]) if simple and grids else None
+        if problem is None or len(grids) < len(targets):
+            yield from super().attempt(layer, targets)
+            return
+        W, U, weights = problem.W, problem.U, problem.importance
+        step = max(1, STACKED // (ROW_BYTES * W.numel()))
+        for start in range(0, len(grids), step):
+            some = grids[start : start + step]
+            scales = [fit(W, g, importance=weights, shrink=shrinks(self.clip)) for g in some]
+            rule = StackRule(some, scales, W.shape[1])
+            swept = sweep(W.repeat(len(some), 1), U, rule, order=problem.order)
+            yield from swept.rounded.split(len(W))
+
+    def prepare(self, layer: Layer, grid: Grid) -> Problem | None:
+        """Weights, factor and order; None, counted, where rounding to nearest must do."""
+        hessian = self.seen(layer)
         H, W = hessian.matrix(), layer.residual()
-        dead = dead_columns(H)
-        if not hessian.empty:
-            W[:, dead] = 0  # inputs that are always zero: any value is right, zero costs least
         order = visiting_order(H.diagonal(), grid, self.columns)
         factor, damping = hessian.factor(self.damp, order)
         if factor is None or hessian.empty:
             layer.counts["fallbacks"] = layer.counts.get("fallbacks", 0) + 1
-            scales = fit(W, grid, shrink=shrinks(self.clip))
-            layer.parts.append(part_of(snap(W, scales, grid), scales, grid))
-            return layer
-        rounded, scales = self.compensate(W, H, factor.inner, order, grid)
-        layer.parts.append(part_of(rounded, scales, grid))
+            return None
+        moved = hessian.correction(DRIFT_DAMP) if self.drift else None
+        if moved is not None:
+            W = W + self.drift * (W @ moved)
+        W[:, dead_columns(H)] = 0  # inputs that are always zero: any value is right, zero is least
         _count(layer, hessian, damping)
-        return layer
+        weights = error_weights(H, factor.inner, order, self.importance)
+        return Problem(W, H, factor.inner, order, weights)
 
-    def compensate(
-        self, W: Tensor, H: Tensor, U: Tensor, order: Tensor, grid: Grid
-    ) -> tuple[Tensor, Scales]:
-        """Sweep W [out, in] float32; U upper in visiting order, H^-1 = U^T U.  Rounded, scales."""
-        weights = error_weights(H, U, order, self.importance)
-        fixed = self.groups == "static" or grid.group == 0
-        tries = shrinks(self.clip)
+    def compensate(self, layer: Layer, problem: Problem, grid: Grid) -> tuple[Tensor, Scales]:
+        """Rounded weight [out, in] float32 and its scales."""
+        W, order, weights = problem.W, problem.order, problem.importance
+        fixed, tries = self.groups == "static" or grid.group == 0, shrinks(self.clip)
         scales = fit(W, grid, importance=weights, shrink=tries) if fixed else None
+        hessian = self.seen(layer)
+        if scales is not None and isinstance(hessian, AttentionHessian):
+            return self.by_heads(layer, problem, hessian, grid, scales), scales
         rule = GridRule(grid, (W.shape[0], W.shape[1]), scales, importance=weights, shrink=tries)
         segments = None
         if not fixed:
             owners = order // grid.group
             segments = torch.unique_consecutive(owners, return_counts=True)[1].tolist()
-        swept = sweep(W, U, rule, order=order, segments=segments)
+        swept = sweep(W, problem.U, rule, order=order, segments=segments)
         return swept.rounded, rule.scales()
+
+    def by_heads(
+        self, layer: Layer, problem: Problem, hessian: AttentionHessian, grid: Grid, scales: Scales
+    ) -> Tensor:
+        """Rounded weight where heads have sides of their own, else the plain sweep."""
+        W, order, inner, outer = problem.W, problem.order, hessian.inner(), hessian.outer()
+
+        def rule(ids: Tensor) -> GridRule:
+            zero = None if scales.zero is None else scales.zero[ids]
+            return GridRule(grid, (len(ids), W.shape[1]), Scales(scales.scale[ids], zero))
+
+        if inner is None and outer is None:
+            ids = torch.arange(len(W), device=W.device)
+            return sweep(W, problem.U, rule(ids), order=order).rounded
+        heads = len(inner) if outer is None and inner is not None else len(outer)
+        size = len(W) // heads
+        U, rows = problem.U, size
+        if inner is not None:
+            U, lost = head_factors(inner, self.damp, order=order.expand(heads, -1))
+            layer.counts["fallbacks"] = layer.counts.get("fallbacks", 0) + lost
+        side = torch.eye(size, device=W.device).expand(heads, size, size)
+        if outer is not None:
+            side, lost = head_factors(outer, self.damp)
+            layer.counts["fallbacks"] = layer.counts.get("fallbacks", 0) + lost
+            rows = min(self.head_rows, size)
+        return sweep_rows(W, U, side, rule, rows=rows, order=order).rounded
 
 
 def visiting_order(diagonal: Tensor, grid: Grid, columns: str) -> Tensor:
