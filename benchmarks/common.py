@@ -6,6 +6,7 @@ device and one set of versions; a finished row is never measured again, so a run
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -127,14 +128,21 @@ class Results:
         return next((r for r in self.rows if [r.get(key) for key in IDENTITY] == wanted), None)
 
     def append(self, row: Row) -> None:
-        """Add a row (with its own date and commit) and replace the file in one step."""
-        self.rows.append(row | {"date": self.head["date"], "commit": self.head["commit"]})
+        """Add a row (with its own date and commit) and replace the file in one step.
+
+        Rows of other processes that write to the same file at the same time are kept.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(
-            json.dumps(self.head | {"rows": self.rows}, indent=1) + "\n", encoding="utf-8"
-        )
-        partial.replace(self.path)
+        with self.path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if self.path.exists():
+                self.rows = json.loads(self.path.read_text(encoding="utf-8"))["rows"]
+            self.rows.append(row | {"date": self.head["date"], "commit": self.head["commit"]})
+            partial = self.path.with_suffix(".partial")
+            partial.write_text(
+                json.dumps(self.head | {"rows": self.rows}, indent=1) + "\n", encoding="utf-8"
+            )
+            partial.replace(self.path)
 
 
 def last_json(text: str, words: Sequence[str]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def arguments() -> argparse.Namespace:
         "--work", type=Path, help="folder for the models (4 GiB); default temporary"
     )
     parser.add_argument("--blocks", type=int, nargs=2, default=(6, 24), metavar=("FEW", "MANY"))
-    parser.add_argument("--recipe", default="best")
+    parser.add_argument("--recipe", default="aptq")
     parser.add_argument("--grid", default="int4-g64-z")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)

@@ -28,8 +28,10 @@ TEXTS = {
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """Options that decide a compression, the same for every benchmark."""
-    parser.add_argument("--recipe", default="best", help="shipped name or .toml file")
-    parser.add_argument("--grid", default="int4-g64-z")
+    parser.add_argument("--recipe", default="aptq", help="shipped name or .toml file")
+    parser.add_argument("--grid", help="the same for all layers; default int4-g64-z, or --budget")
+    parser.add_argument("--budget", help="let the recipe choose grids layer by layer")
+    parser.add_argument("--scores", type=Path, help="scores.json of a measuring pass before")
     parser.add_argument(
         "--text", type=Path, help="calibration text; default: C4 of the data folder"
     )
@@ -50,11 +52,17 @@ def recipe_of(options: argparse.Namespace) -> Any:
 
     table = tomllib.loads(Recipe.load(options.recipe).text())
     text = options.text or options.shared / "data" / "c4_calibration.txt"
-    table |= {"grids": [options.grid], "budget": "", "seed": options.seed}
+    if options.budget:
+        table |= {"budget": options.budget}
+    else:
+        table |= {"grids": [options.grid or "int4-g64-z"], "budget": ""}
+    table |= {"seed": options.seed}
     table["data"] |= {"source": str(text), "samples": options.samples, "length": options.length}
     table["data"]["seed"] = options.seed
     for change in options.changes:
         key, _, value = change.partition("=")
+        if key == "measure.use":
+            table["measure"] = {}  # the options of another measure are not this one's
         set_key(table, key.split("."), toml_value(value))
     import tomli_w
 
@@ -92,16 +100,26 @@ def calibration_of(recipe: Any) -> dict[str, Any] | None:
 
 
 def compress(
-    model: Path, out: Path, recipe: Any, device: str, activations: str = "auto"
+    model: Path,
+    out: Path,
+    recipe: Any,
+    device: str,
+    activations: str = "auto",
+    scores: Path | None = None,
 ) -> dict[str, Any]:
     """Compress `model` into run folder `out`; seconds of the whole call, bytes written.
 
-    activations: "disk" puts the hidden states there even where memory would do.
+    activations: "disk" puts the hidden states there even where memory would do; scores: a file
+    that replaces the recipe's measuring pass, whose time is then not counted.
     """
     from aptq import pipeline
+    from aptq.core.scores import Scores
 
+    known = None if scores is None else Scores.load(scores)
     start, cpu = time.perf_counter(), time.process_time()
-    done = pipeline.compress(model, out, recipe=recipe, device=device, activations=activations)
+    done = pipeline.compress(
+        model, out, recipe=recipe, device=device, activations=activations, scores=known
+    )
     if device.startswith("cuda"):
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start

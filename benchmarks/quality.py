@@ -32,7 +32,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("model", type=Path, help="Hugging Face folder of the yardstick")
     parser.add_argument("--label", required=True)
     parser.add_argument("--name", help="result file; default: quality-DEVICE or validation-DEVICE")
-    parser.add_argument("--texts", choices=tuple(ours.TEXTS), default="test")
+    parser.add_argument("--texts", choices=(*ours.TEXTS, "all"), default="test")
     parser.add_argument("--limit", type=int, help="windows of the first (wiki) text; default all")
     parser.add_argument(
         "--limit-c4", type=int, help="windows of the second (C4) text; 0 = leave it out"
@@ -55,8 +55,9 @@ def arguments() -> argparse.Namespace:
 def texts(options: argparse.Namespace) -> dict[str, torch.Tensor]:
     """Ids of each text, cut to its limit of windows, under a name that says so when it was cut."""
     found = {}
-    limits = (options.limit, options.limit_c4)
-    for (name, file), limit in zip(ours.TEXTS[options.texts].items(), limits, strict=True):
+    wanted = ours.TEXTS.get(options.texts) or ours.TEXTS["test"] | ours.TEXTS["validation"]
+    limits = (options.limit, options.limit_c4, None, None)
+    for (name, file), limit in zip(wanted.items(), limits, strict=False):
         ids = ours.tokens(options.model, options.shared / "data" / file)
         if limit is None or limit >= len(ids) // WINDOW:
             found[name] = ids
@@ -94,7 +95,7 @@ def peer_row(options: argparse.Namespace) -> common.Row:
 
 
 def our_row(options: argparse.Namespace, recipe: Any, out: Path) -> common.Row:
-    done = ours.compress(options.model, out, recipe, options.device)
+    done = ours.compress(options.model, out, recipe, options.device, scores=options.scores)
     print(f"{options.label}: {done['bpw']:.4f} bpw in {done['seconds']} s", flush=True)
     return done | {"peak_gib": round(common.peak_bytes(options.device) / 2**30, 3)}
 
@@ -103,7 +104,7 @@ def main() -> None:
     options = arguments()
     if options.threads:
         torch.set_num_threads(options.threads)
-    kind = "quality" if options.texts == "test" else "validation"
+    kind = "validation" if options.texts == "validation" else "quality"
     name = options.name or f"{kind}-{options.device.split(':')[0]}"
     results = common.Results.open(
         name, device=options.device, protocol=PROTOCOL, folder=options.results
