@@ -5,6 +5,10 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,7 +18,11 @@ from typer.testing import CliRunner, Result
 
 from aptq import failures
 from aptq.cli import app, exit_code
+from aptq.core.plan import Plan
+from aptq.engine.stage import methods
+from aptq.methods.quantize.gptq import GPTQ
 from aptq.recipe import Recipe
+from aptq.stats.hessian import Hessian
 from tests.tiny import tiny_model
 
 COMMON = {"--debug", "--help", "--json"}
@@ -30,11 +38,40 @@ OPTIONS = {
         "--length",
         "--out",
         "--plan",
+        "--profile",
+        "--recipe",
+        "--revision",
+        "--samples",
+        "--scores",
+        "--seed",
+        "--strict",
+    },
+    "measure": {
+        *COMMON,
+        "--activations",
+        "--data",
+        "--device",
+        "--keep",
+        "--length",
+        "--out",
         "--recipe",
         "--revision",
         "--samples",
         "--seed",
-        "--strict",
+    },
+    "plan": {
+        *COMMON,
+        "--budget",
+        "--context",
+        "--device",
+        "--grid",
+        "--html",
+        "--keep",
+        "--out",
+        "--profile",
+        "--recipe",
+        "--revision",
+        "--scores",
     },
     "eval": {
         *COMMON,
@@ -75,6 +112,30 @@ def compressed(model: Path) -> Path:
     out = model.parent / "compressed"
     done = run("compress", model, "--grid", "int4-g16-z", "--out", out, "--recipe", "gptq", *SMALL)
     assert done.exit_code == 0, done.output
+    return out
+
+
+GRIDS = "grids = ['int2-g16-z', 'int3-g16-z', 'int4-g16-z', 'int6-g16-z', 'bf16']\n"
+STAGE = "[[stage]]\nuse = 'gptq'\n[data]\nsamples = 4\nlength = 32\n"
+
+
+@pytest.fixture(scope="module")
+def recipes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Recipe files that allocate: with a measure, and without one."""
+    folder = tmp_path_factory.mktemp("recipes")
+    allocate = "[allocate]\nuse = 'milp'\n"
+    mixed, blind = folder / "mixed.toml", folder / "blind.toml"
+    mixed.write_text(GRIDS + STAGE + allocate + "[measure]\nuse = 'fisher'\n")
+    blind.write_text(GRIDS + STAGE + allocate)
+    return {"MIXED": mixed, "BLIND": blind}
+
+
+@pytest.fixture(scope="module")
+def scores(model: Path, recipes: dict[str, Path]) -> Path:
+    out = model.parent / "scores.json"
+    done = run("measure", model, "--out", out, "--recipe", recipes["MIXED"], "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout) == {"out": str(out), "measure": "fisher", "unit": "nats"}
     return out
 
 
@@ -199,8 +260,8 @@ def test_info_shows_what_is_stored(compressed: Path) -> None:
 
 def test_list_shows_methods() -> None:
     found = json.loads(run("list", "--json").stdout)
-    assert {"gptq", "hqq", "rtn"} <= {entry["name"] for entry in found["methods"]}
-    assert "best" in found["recipes"]
+    assert {"gptq", "hqq", "milp", "rtn"} <= {entry["name"] for entry in found["methods"]}
+    assert "aptq" in found["recipes"]
     assert "damp = 0.01" in run("list", "gptq").output
     assert "| damp | float | 0.01 |" in run("list", "--markdown").output
     assert "did you mean 'gptq'" in run("list", "gptqq").output
@@ -212,9 +273,9 @@ def test_list_shows_methods() -> None:
         ([], 2, "how small the model shall become is not said"),
         (["--grid", "int4", "--recipe", "rtn"], 2, "not a grid"),
         (["--budget", "4 bits"], 2, "not a budget"),
-        (["--budget", "0.5bpw"], 3, "no grid fits"),
+        (["--budget", "0.5bpw"], 3, "no plan fits the budget 0.5bpw"),
         (["--grid", "int8-row", "--budget", "20kB"], 3, "no grid fits"),
-        (["--grid", "int4-row", "--recipe", "bset"], 2, "did you mean 'best'"),
+        (["--grid", "int4-row", "--recipe", "apqt"], 2, "did you mean 'aptq'"),
         (["--grid", "int4-row", "--plan", "plan.json"], 2, "a plan leaves nothing to choose"),
         (["--keep", "*", "--plan", "plan.json"], 2, "a plan leaves nothing to choose"),
         (["--plan", "none.json"], 2, "No such file"),
@@ -225,10 +286,21 @@ def test_list_shows_methods() -> None:
         (["--grid", "int4-row", "--length", "512"], 2, "longer than the model allows"),
         (["--grid", "int4-row", "--device", "cuda:77"], 2, "no device 'cuda:77'"),
         (["--grid", "int4-row", "--device", "abacus"], 2, "no device 'abacus'"),
+        (["--budget", "4bpw,0.5bpw"], 3, "no plan fits the budget 0.5bpw"),
+        (["--budget", "4bpw,4bpw"], 2, "one budget twice"),
+        (["--budget", "0.5nats", "--recipe", "rtn"], 2, "has no expected loss"),
+        (["--budget", "fits 1kB @ 64"], 3, "no plan fits"),
+        (["--grid", "int4-row", "--scores", "none.json"], 2, "not scores: none.json"),
+        (["--grid", "int3-row", "--profile", "vllm"], 2, "vllm runs none of the candidate grids"),
+        (["--budget", "1bpw", "--recipe", "MIXED"], 3, "1bpw"),
+        (["--budget", "4bpw", "--recipe", "MIXED", "--keep", "*.x"], 2, "matches no layer"),
+        (["--budget", "4bpw", "--recipe", "BLIND"], 2, "no [measure] table"),
     ],
 )
-def test_mistakes(model: Path, tmp_path: Path, words: list[str], code: int, message: str) -> None:
-    done = run("compress", model, "--out", tmp_path / "x", *words)
+def test_mistakes(
+    model: Path, recipes: dict[str, Path], tmp_path: Path, words: list[str], code: int, message: str
+) -> None:
+    done = run("compress", model, "--out", tmp_path / "x", *(recipes.get(w, w) for w in words))
     assert (done.exit_code, message in done.output) == (code, True), done.output
     assert "Traceback" not in done.output
     assert list(tmp_path.iterdir()) == []
@@ -320,3 +392,172 @@ def test_a_defect_names_its_place(
     assert "unexpected KeyError" in done.output
     assert "at test_cli.py, line" in done.output
     assert list(tmp_path.iterdir()) == []
+
+
+def test_measure_refuses_what_it_cannot_write(
+    model: Path, scores: Path, recipes: dict[str, Path], tmp_path: Path
+) -> None:
+    again = run("measure", model, "--out", scores, "--recipe", recipes["MIXED"])
+    assert (again.exit_code, "it exists" in again.output) == (2, True), again.output
+    nowhere = run("measure", model, "--out", tmp_path / "no" / "s.json")
+    assert "there is no such folder" in nowhere.output
+    none = run("measure", model, "--out", tmp_path / "s.json", "--recipe", "gptq")
+    assert "no [measure] table" in none.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_several_budgets_are_measured_once(
+    model: Path, scores: Path, recipes: dict[str, Path], tmp_path: Path
+) -> None:
+    words = ["--recipe", recipes["MIXED"], "--budget", "3.5bpw, 135kB,fits 40MB @ 64x2", "--json"]
+    done = run("compress", model, "--out", tmp_path / "x", *words)
+    assert done.exit_code == 0, done.output
+    names = ["3.5bpw", "135kB", "fits-40MB-64x2"]
+    assert {path.name for path in (tmp_path / "x").iterdir()} == set(names)
+    found = json.loads(done.stdout)
+    assert [Path(one["out"]).name for one in found] == names
+    bits, held, fits = found
+    assert bits["bits"] <= 3.5
+    files = (tmp_path / "x" / "135kB" / "checkpoint").iterdir()
+    assert sum(file.stat().st_size for file in files) <= 135_000
+    assert fits["bits"] == 16
+    assert bits["expected_loss"][0] > held["expected_loss"][0] > fits["expected_loss"][0]
+    tables = [(tmp_path / "x" / name / "scores.json").read_bytes() for name in names]
+    assert tables == [scores.read_bytes()] * 3
+    recipe = Recipe.load(tmp_path / "x" / "135kB" / "recipe.toml")
+    assert recipe.budget == "135kB"
+    card = (tmp_path / "x" / "3.5bpw" / "README.md").read_text("utf-8")
+    assert "rule milp, measure fisher, budget 3.5bpw" in card
+    assert "Expected loss" in card
+
+
+def test_scores_replace_measuring(
+    model: Path, scores: Path, recipes: dict[str, Path], tmp_path: Path
+) -> None:
+    words = ["--recipe", recipes["MIXED"], "--budget", "3.5bpw"]
+    plan = tmp_path / "plan.json"
+    looked = run("plan", model, *words, "--scores", scores, "--out", plan)
+    assert looked.exit_code == 0, looked.output
+    done = run("compress", model, "--out", tmp_path / "x", *words, "--scores", scores)
+    assert done.exit_code == 0, done.output
+    assert "measure" not in done.output.split("calibration")[1].split("plan:")[0]
+    assert "expected loss" in done.output
+    assert Plan.load(tmp_path / "x" / "plan.json") == Plan.load(plan)
+    assert len(set(map(str, Plan.load(plan).targets.values()))) > 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weighted(GPTQ):
+    """GPTQ whose rows are weighted by their gradients."""
+
+    def needs(self) -> tuple[Hessian, ...]:
+        return (Hessian(rows="gradient"),)
+
+
+def test_gradient_weights_are_measured_where_a_stage_asks(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a measure the profiles come from a walk of their own, with one from the scores."""
+    monkeypatch.setitem(methods._classes, "weighted", Weighted)
+    recipe = tmp_path / "r.toml"
+    stage = "[[stage]]\nuse = 'weighted'\n"
+    recipe.write_text(stage)
+    words = ["--grid", "int3-row", "--recipe", recipe, *SMALL]
+    done = run("compress", model, "--out", tmp_path / "x", *words)
+    assert done.exit_code == 0, done.output
+    tables = "[allocate]\nuse = 'milp'\n[measure]\nuse = 'error'\n"
+    recipe.write_text(GRIDS + tables + stage)
+    words = ["--budget", "4bpw", "--recipe", recipe, *SMALL]
+    done = run("compress", model, "--out", tmp_path / "y", *words)
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "y" / "scores.json").read_text())["profiles"]
+    assert "expected loss" not in done.output  # error only orders
+
+
+def test_plan_needs_no_weights(model: Path, scores: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(model / "config.json", bare)
+    words = ["--budget", "4bpw, 5bpw", "--context", "64", "--json"]
+    found = json.loads(run("plan", bare, *words).stdout)
+    full = json.loads(run("plan", model, *words).stdout)
+    files = [f for f in model.iterdir() if f.suffix != ".safetensors" and f.name != "config.json"]
+    carried = sum(f.stat().st_size for f in files)
+    for one, other in zip(found["budgets"], full["budgets"], strict=True):
+        assert one["bits"] == other["bits"]
+        assert 0 < other["nbytes"] - one["nbytes"] - carried < 2000  # their names in the manifest
+    first = found["budgets"][0]
+    assert first["grids"] == {"int3-g32-z": 14}
+    assert set(first["kept"]) == {"model.embed_tokens", "lm_head"}
+    assert first["running"]["peak"] == sum(
+        first["running"][k] for k in ("weights", "cache", "work")
+    )
+    assert first["compressing"]["disk"] > first["nbytes"]
+    losses = [point["loss"] for point in found["front"]]
+    assert losses == sorted(losses, reverse=True)
+    done = run("compress", bare, "--out", tmp_path / "x", "--grid", "int4-row")
+    assert (done.exit_code, "the folder holds no weights" in done.output) == (2, True)
+    assert run("plan", bare, "--budget", "4bpw,5bpw", "--out", tmp_path / "p.json").exit_code == 2
+
+
+def test_plan_shows_what_stays_and_why(model: Path, scores: Path, recipes: dict[str, Path]) -> None:
+    words = ["--budget", "6bpw", "--recipe", recipes["MIXED"], "--keep", "*.0.mlp.down_proj"]
+    done = run("plan", model, *words, "--scores", scores)
+    assert done.exit_code == 0, done.output
+    for text in ("16 bit: 1 layers", "keep pattern '*.0.mlp.down_proj'", "nats per token", "•"):
+        assert text in done.output
+    blind = run("plan", model, *words).output
+    assert "no scores: plans are uniform here" in blind
+    needs = [
+        json.loads(run("plan", model, *words, "--json", *more).stdout)["budgets"][0]["compressing"]
+        for more in ([], ["--scores", scores])
+    ]
+    assert needs[0]["seconds"] > needs[1]["seconds"]  # without scores they will be measured
+    assert "expected loss" not in blind
+
+
+def test_plan_of_a_family_whose_memory_is_unknown(tmp_path: Path) -> None:
+    done = run("plan", tiny_model("mixtral", tmp_path), "--budget", "4bpw")
+    assert done.exit_code == 0, done.output
+    assert "the memory of a running 'mixtral' cannot be computed" in done.output
+
+
+def test_picture_is_one_file_that_needs_nothing(
+    model: Path, scores: Path, recipes: dict[str, Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("plotly")
+    out = tmp_path / "front.html"
+    words = ["--budget", "4bpw", "--recipe", recipes["MIXED"], "--scores", scores, "--html", out]
+    assert run("plan", model, *words).exit_code == 0
+    text = out.read_text("utf-8")
+    assert "plotly.js" in text
+    assert not re.search(r"<script[^>]+src=", text)
+    assert "nats per token" in text
+
+
+def test_picture_without_plotly_says_what_to_install(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    done = run("plan", model, "--budget", "4bpw", "--html", tmp_path / "x.html")
+    assert (done.exit_code, "pip install 'aptq[plotly]'" in done.output) == (2, True), done.output
+    assert not (tmp_path / "x.html").exists()
+
+
+@pytest.mark.slow
+def test_plan_of_a_70b_model_takes_seconds_and_little_memory(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
+    heads = {"num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256}
+    more = {"model_type": "llama", "dtype": "bfloat16", "max_position_embeddings": 8192}
+    config = {**more, **sizes, **heads, "architectures": ["LlamaForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    code = (
+        "import resource, sys; sys.argv = ['aptq', 'plan', sys.argv[1], '--budget', '4bpw'];"
+        "from aptq.cli import app; app(standalone_mode=False);"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    )
+    began = time.perf_counter()
+    words = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert time.perf_counter() - began < 30
+    assert int(done.stdout.splitlines()[-1]) < 1 << 30

@@ -18,10 +18,12 @@ NAMES = {
     "Model",
     "Plan",
     "Recipe",
+    "Scores",
     "Stage",
     "assess",
     "compress",
     "load",
+    "measure",
     "plan",
 }
 

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from aptq.allocate import allocators
 from aptq.core.grid import Grid
 from aptq.engine.data import Data
 from aptq.engine.stage import methods
-from aptq.recipe import Recipe, construct, describe, plain, shipped_names
+from aptq.options import construct, describe, plain
+from aptq.recipe import Recipe, shipped_names
 
 GPTQ = "[[stage]]\nuse = 'gptq'\n"
 
@@ -46,7 +48,19 @@ def test_every_value_is_read() -> None:
     [
         ("grid = []\n" + GPTQ, "did you mean 'grids'"),
         ("budget = '4bpw'", "a recipe without stages"),
-        ("[[stage]]\nname = 'gptq'", "a stage without a method"),
+        ("[[stage]]\nname = 'gptq'", "a table without a method"),
+        ("[[stage]]\nuse = 'error'", "error measures, it changes no layer"),
+        ("measure = {use = 'gptq'}\n" + GPTQ, "gptq changes layers, it measures nothing"),
+        ("measure = 'error'\n" + GPTQ, "a table without a method"),
+        ("measure = {use = 'eror'}\n" + GPTQ, "did you mean 'error'"),
+        ("measure = {use = 'error', dampp = 1}\n" + GPTQ, "unknown key 'dampp'"),
+        ("allocate = {use = 'mipl'}\n" + GPTQ, "did you mean 'milp'"),
+        ("profile = 'vlm'\n" + GPTQ, "did you mean 'vllm'"),
+        ("minimum = ['*.v_proj']\n" + GPTQ, "not a minimum"),
+        ("minimum = ['*.v_proj=four']\n" + GPTQ, "not a minimum"),
+        ("minimum = ['=4']\n" + GPTQ, "not a minimum"),
+        ("budget = '4bpw, 3 bits'\n" + GPTQ, "not a budget"),
+        ("budget = '4bpw,4bpw'\n" + GPTQ, "one budget twice"),
         ("[[stage]]\nuse = 'gptqq'", "did you mean 'gptq'"),
         (GPTQ + "dampp = 0.1", "did you mean 'damp'"),
         (GPTQ + "damp = 'much'", "write a value of type float"),
@@ -68,7 +82,7 @@ def test_mistakes_are_named(text: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "message"), [("bst", "did you mean 'best'"), ("none.toml", "no recipe at")]
+    ("source", "message"), [("apqt", "did you mean 'aptq'"), ("none.toml", "no recipe at")]
 )
 def test_missing_recipes_are_named(source: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -85,6 +99,24 @@ def test_adapt_replaces_only_what_is_given() -> None:
     assert recipe.adapt(budget="3bpw").budget == "3bpw"
     both = recipe.adapt(grid="int3-row", budget="3.5bpw")
     assert (both.grids, both.budget) == ((Grid.parse("int3-row"),), "3.5bpw")
+
+
+def test_measure_and_allocate_are_tables() -> None:
+    text = (
+        "budget = '4bpw, 110MB'\nprofile = 'vllm'\nminimum = ['*.v_proj=4']\nouter = true\n"
+        "nats = true\n[allocate]\nuse = 'threshold'\nby = 'block'\n[measure]\nuse = 'error'\n"
+    )
+    recipe = Recipe.parse(text + GPTQ, "here")
+    assert recipe.measure == methods.get("error")()
+    assert recipe.allocate == allocators.get("threshold")(by="block")
+    assert (recipe.profile, recipe.outer, recipe.nats) == ("vllm", True, True)
+    assert recipe.budgets == ("4bpw", "110MB")
+    assert recipe.minimums == {"*.v_proj": 4}
+    assert Recipe.parse(recipe.text(), "there") == recipe
+    assert recipe.adapt(profile="gguf").profile == "gguf"
+    bare = Recipe.parse(GPTQ, "here")
+    assert (bare.measure, bare.allocate, bare.budgets) == (None, None, ("4bpw",))
+    assert "[measure]" not in bare.text()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +146,7 @@ def test_describe_reads_defaults_and_comments() -> None:
     assert options["share"] == ("share", "float", "0.5", "first line, second line")
 
 
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", [*methods.names(), *allocators.names()])
 def test_every_option_of_every_method_is_explained(name: str) -> None:
-    options = describe(methods.get(name))
+    options = describe((methods if name in methods.names() else allocators).get(name))
     assert all(option.why and option.default for option in options), options

@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 from aptq import hook
 
 if TYPE_CHECKING:
+    from aptq.assessing import assess as assess
+    from aptq.core.budget import Budget as Budget
     from aptq.core.grid import Grid as Grid
-    from aptq.core.plan import Budget as Budget
     from aptq.core.plan import Plan as Plan
+    from aptq.core.scores import Scores as Scores
     from aptq.engine.data import Data as Data
     from aptq.engine.stage import Stage as Stage
     from aptq.model.model import Model as Model
-    from aptq.pipeline import assess as assess
     from aptq.pipeline import compress as compress
+    from aptq.pipeline import measure as measure
     from aptq.pipeline import plan as plan
     from aptq.recipe import Recipe as Recipe
     from aptq.runtime.load import load as load
@@ -25,16 +27,18 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {  # public name -> the module that holds it
-    "Budget": "aptq.core.plan",
+    "Budget": "aptq.core.budget",
     "Data": "aptq.engine.data",
     "Grid": "aptq.core.grid",
     "Model": "aptq.model.model",
     "Plan": "aptq.core.plan",
     "Recipe": "aptq.recipe",
+    "Scores": "aptq.core.scores",
     "Stage": "aptq.engine.stage",
-    "assess": "aptq.pipeline",
+    "assess": "aptq.assessing",
     "compress": "aptq.pipeline",
     "load": "aptq.runtime.load",
+    "measure": "aptq.pipeline",
     "plan": "aptq.pipeline",
 }
 __all__ = list(_HOME)

@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from aptq.allocate import allocators
 from aptq.engine.stage import methods
-from aptq.recipe import Option, describe
+from aptq.options import Option, describe
 from aptq.report import summary
 from aptq.report.summary import Summary
 from aptq.store.checkpoint import Checkpoint
@@ -89,17 +90,19 @@ class Entry:
 
 
 def catalogue(name: str | None = None) -> list[Entry]:
-    """All methods, or the one called `name`.  Raises ValueError with close names."""
-    if name is not None:
-        methods.get(name)
-    return [
-        Entry(method, family, _about(method), tuple(describe(methods.get(method))))
+    """All methods and allocators, or the one called `name`.  ValueError with close names."""
+    found: list[tuple[str, str, type]] = [
+        (method, family, methods.get(method))
         for family, names in methods.families().items()
         for method in names
         if name in (None, method)
     ]
+    found += [(n, "allocate", allocators.get(n)) for n in allocators.names() if name in (None, n)]
+    if name is not None and not found:
+        methods.get(name)
+    return [Entry(n, family, _about(cls), tuple(describe(cls))) for n, family, cls in found]
 
 
-def _about(method: str) -> str:
-    """The docstring of the method's class as one line."""
-    return " ".join((methods.get(method).__doc__ or "").split())
+def _about(cls: type) -> str:
+    """The docstring of a class as one line."""
+    return " ".join((cls.__doc__ or "").split())

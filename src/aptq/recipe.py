@@ -1,43 +1,74 @@
 """Recipe: everything that decides a result besides the model and the plan, as one TOML file.
 
-A stage's table is its dataclass: `use` is the registered name, every other key one of its fields.
+A table of a stage, a measure or an allocator is its dataclass: `use` is the registered name, every
+other key one of its fields.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import re
 import tomllib
-import types
-import typing
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 import tomli_w
 
+from aptq.allocate import Allocator, allocators
+from aptq.core.budget import Budget
 from aptq.core.grid import Grid
 from aptq.engine.data import Data
+from aptq.engine.measure import Measure
 from aptq.engine.stage import Stage, methods
-from aptq.registry import closest
+from aptq.options import construct, plain
+from aptq.registry import Registry, closest
 
 T = TypeVar("T")
-_KEYS = ("grids", "budget", "keep", "order", "seed", "data", "stage")
+Profile = Literal["aptq", "transformers", "gguf", "vllm"]
+_TABLES = ("measure", "allocate", "stage")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Stages in order, the grids to choose from, and the calibration data."""
+    """Stages in order, the grids to choose from and how to choose, and the calibration data."""
 
     stages: tuple[Stage, ...]
     grids: tuple[Grid, ...] = ()  # candidates; empty = every grid that the planner knows
-    budget: str = "4bpw"  # "" = none: then `grids` holds the one grid of all layers
+    budget: str = "4bpw"  # several with commas; "" = none: `grids` holds the one grid of all layers
     keep: tuple[str, ...] = ()  # name patterns of layers left at their source dtype
+    minimum: tuple[str, ...] = ()  # "PATTERN=BITS": layers that get codes of at least so many bits
+    profile: Profile = "aptq"  # engine that shall run it: which layers must share a grid, and which
+    outer: bool = False  # the embedding and the head may be compressed too, where it pays
+    nats: bool = False  # fit what a unit of the measure costs in nats: three more walks
     data: Data = field(default_factory=Data)
     order: Literal["block", "group"] = "block"  # "group" = true-sequential, one pass for each group
     seed: int = 0  # of everything random but the windows, which have data.seed
+    measure: Measure | None = None
+    allocate: Allocator | None = None  # None: the same grid for all layers
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a budget or a minimum that is none."""
+        if self.budget:
+            Budget.parse_list(self.budget)
+        for text in self.minimum:
+            pattern, _, bits = text.rpartition("=")
+            if not pattern or not bits.isdigit():
+                raise ValueError(
+                    f"not a minimum: {text!r}\na name pattern, =, and whole bits are expected\n"
+                    "try '*.v_proj=4'"
+                )
+
+    @property
+    def budgets(self) -> tuple[str, ...]:
+        """The single budgets; ("",) where there is none."""
+        return tuple(part.strip() for part in self.budget.split(","))
+
+    @property
+    def minimums(self) -> dict[str, int]:
+        """Name pattern -> least bits of a code."""
+        pairs = (text.rpartition("=") for text in self.minimum)
+        return {pattern: int(bits) for pattern, _, bits in pairs}
 
     @classmethod
     def load(cls, source: str | Path) -> Recipe:
@@ -63,20 +94,30 @@ class Recipe:
             table = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
             raise ValueError(f"{where} is not TOML\n{error}\ncorrect that line") from error
+        known = ("stage", *(x.name for x in dataclasses.fields(cls) if x.name != "stages"))
         for key in table:
-            if key not in _KEYS:
-                raise ValueError(f"unknown key {key!r}\nin recipe {where}\n{closest(key, _KEYS)}")
-        stages = table.pop("stage", [])
+            if key not in known:
+                raise ValueError(f"unknown key {key!r}\nin recipe {where}\n{closest(key, known)}")
+        tables = {key: table.pop(key, None) for key in _TABLES}
+        stages = tables["stage"]
         if not isinstance(stages, list) or not stages:
             raise ValueError(
                 f"a recipe without stages\n{where} has no [[stage]] table\n"
                 f"add one, for example: [[stage]] with use = 'gptq'"
             )
-        table["stages"] = tuple(
-            _stage(options, f"[[stage]] {number} of {where}")
-            for number, options in enumerate(stages)
-        )
-        return construct(cls, table, where)
+        recipe = construct(cls, {**table, "stages": ()}, where)
+        made: dict[str, Any] = {
+            "stages": tuple(
+                _stage(options, f"[[stage]] {number} of {where}")
+                for number, options in enumerate(stages)
+            )
+        }
+        if tables["measure"] is not None:
+            made["measure"] = _measure(tables["measure"], f"[measure] of {where}")
+        if tables["allocate"] is not None:
+            place = f"[allocate] of {where}"
+            made["allocate"] = _named(allocators, tables["allocate"], place, "milp")
+        return dataclasses.replace(recipe, **made)
 
     def adapt(
         self,
@@ -84,6 +125,7 @@ class Recipe:
         grid: str | None = None,
         budget: str | None = None,
         keep: tuple[str, ...] = (),
+        profile: Profile | None = None,
         source: str | None = None,
         samples: int | None = None,
         length: int | None = None,
@@ -108,17 +150,20 @@ class Recipe:
             grids=self.grids if grid is None else (Grid.parse(grid),),
             budget=self.budget if (budget, grid) == (None, None) else budget or "",
             keep=keep or self.keep,
+            profile=profile or self.profile,
             seed=self.seed if seed is None else seed,
         )
 
     def text(self) -> str:
         """The recipe as TOML with every option written out: the inverse of `parse`."""
-        table = {key: value for key, value in plain(self).items() if key != "stages"}
-        parts = [tomli_w.dumps(table)]
-        for stage in self.stages:
-            options = {"use": methods.name_of(type(stage)), **plain(stage)}
-            parts.append("[[stage]]\n" + tomli_w.dumps(options))
-        return "\n".join(parts)
+        table = {k: v for k, v in plain(self).items() if k not in ("stages", *_TABLES)}
+        texts = [tomli_w.dumps(table)]
+        if self.measure is not None:
+            texts.append(f"[measure]\n{_table(methods, self.measure)}")
+        if self.allocate is not None:
+            texts.append(f"[allocate]\n{_table(allocators, self.allocate)}")
+        texts += [f"[[stage]]\n{_table(methods, stage)}" for stage in self.stages]
+        return "\n".join(texts)
 
     def dump(self, path: Path) -> None:
         """Write `text()` to `path`."""
@@ -133,108 +178,32 @@ def shipped_names() -> tuple[str, ...]:
 
 
 def _stage(options: Any, where: str) -> Stage:
+    made = _named(methods, options, where, "gptq")
+    if isinstance(made, Measure):
+        raise ValueError(
+            f"{options['use']} measures, it changes no layer\n{where}\n"
+            f"write it as [measure] with use = {options['use']!r}"
+        )
+    return made
+
+
+def _measure(options: Any, where: str) -> Measure:
+    made = _named(methods, options, where, "fisher")
+    if not isinstance(made, Measure):
+        raise ValueError(
+            f"{options['use']} changes layers, it measures nothing\n{where}\n"
+            f"write it as [[stage]] with use = {options['use']!r}"
+        )
+    return made
+
+
+def _named(registry: Registry[T], options: Any, where: str, example: str) -> T:
+    """What the table `options` names in `registry`, with its other keys as fields."""
     if not isinstance(options, dict) or not isinstance(options.get("use"), str):
-        raise ValueError(f"a stage without a method\n{where}\nadd use = 'gptq', say")
+        raise ValueError(f"a table without a method\n{where}\nadd use = {example!r}, say")
     chosen = {key: value for key, value in options.items() if key != "use"}
-    return construct(methods.get(options["use"]), chosen, f"{where} ({options['use']})")
+    return construct(registry.get(options["use"]), chosen, f"{where} ({options['use']})")
 
 
-def construct(cls: type[T], options: dict[str, Any], where: str) -> T:
-    """An instance of dataclass `cls` from plain TOML values; every key and type is checked."""
-    assert dataclasses.is_dataclass(cls), f"{cls} holds no options"
-    hints = typing.get_type_hints(cls)
-    known = {item.name: item for item in dataclasses.fields(cls) if item.init}
-    for key in options:
-        if key not in known:
-            raise ValueError(f"unknown key {key!r}\nin {where}\n{closest(key, tuple(known))}")
-    for name, item in known.items():
-        bare = (item.default, item.default_factory) == (dataclasses.MISSING, dataclasses.MISSING)
-        if bare and name not in options:
-            raise ValueError(f"missing key {name!r}\nin {where}\nadd {name} = ...")
-    return cls(**{k: _convert(v, hints[k], f"{k} in {where}") for k, v in options.items()})
-
-
-def _convert(value: Any, hint: Any, where: str) -> Any:
-    """`value` as the annotated type `hint`; ValueError if it does not fit."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        if value in args and type(value) in {type(arg) for arg in args}:
-            return value
-        raise ValueError(f"{value!r} is no choice\nfor {where}\n{_choices(value, args)}")
-    if origin in (types.UnionType, typing.Union):
-        return _convert(value, next(arg for arg in args if arg is not types.NoneType), where)
-    if origin is tuple and isinstance(value, (list, tuple)):
-        return tuple(_convert(item, args[0], where) for item in value)
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
-        return construct(hint, value, where)
-    if hint is Grid and isinstance(value, str):
-        return Grid.parse(value)
-    if hint is Path and isinstance(value, str):
-        return Path(value)
-    if hint is float and type(value) is int:
-        return float(value)
-    plain_class = isinstance(hint, type) and origin is None
-    stray_bool = isinstance(value, bool) and hint is not bool  # Python counts it as an int
-    if plain_class and isinstance(value, hint) and not stray_bool:
-        return value
-    wanted = _name(hint)
-    raise ValueError(f"{value!r} is of the wrong type\nfor {where}\nwrite a value of type {wanted}")
-
-
-def _choices(value: Any, args: tuple[Any, ...]) -> str:
-    return closest(str(value), tuple(str(arg) for arg in args))
-
-
-def plain(value: Any) -> Any:
-    """Dataclasses, tuples, grids and paths as TOML's values; fields that are None are left out."""
-    if isinstance(value, Grid | Path):
-        return str(value)
-    if dataclasses.is_dataclass(value):
-        pairs = ((item.name, getattr(value, item.name)) for item in dataclasses.fields(value))
-        return {name: plain(held) for name, held in pairs if held is not None}
-    if isinstance(value, tuple):
-        return [plain(item) for item in value]
-    return value
-
-
-class Option(NamedTuple):
-    """One option of a method as people read it."""
-
-    name: str
-    kind: str
-    default: str
-    why: str  # the comment at the field
-
-
-def describe(cls: type) -> list[Option]:
-    """The options of dataclass `cls`, with the comments that its source gives them."""
-    assert dataclasses.is_dataclass(cls), f"{cls} holds no options"
-    comments, hints = _comments(inspect.getsource(cls)), typing.get_type_hints(cls)
-    found = []
-    for item in dataclasses.fields(cls):
-        default = "" if item.default is dataclasses.MISSING else str(plain(item.default))
-        why = comments.get(item.name, "")
-        found.append(Option(item.name, _name(hints[item.name]), default, why))
-    return found
-
-
-def _comments(source: str) -> dict[str, str]:
-    """field -> the comment above and beside it, as one line."""
-    found: dict[str, str] = {}
-    above: list[str] = []
-    for line in source.splitlines():
-        field_line = re.match(r" {4}(\w+): [^#]*(?:# *(.*))?$", line)
-        if line.startswith("    #"):
-            above.append(line.strip("# "))
-        elif field_line:
-            found[field_line[1]] = " ".join([*above, field_line[2] or ""]).strip()
-            above = []
-        else:
-            above = []
-    return found
-
-
-def _name(hint: Any) -> str:
-    if typing.get_origin(hint) is Literal:
-        return " | ".join(str(arg) for arg in typing.get_args(hint))
-    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+def _table(registry: Registry[T], made: T) -> str:
+    return tomli_w.dumps({"use": registry.name_of(type(made)), **plain(made)})

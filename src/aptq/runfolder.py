@@ -1,12 +1,13 @@
 """The run folder while it grows: all is written below `<out>.partial` and renamed at the end.
 
-recipe.toml plan.json log.jsonl README.md eval.json checkpoint/
+recipe.toml scores.json plan.json log.jsonl README.md eval.json checkpoint/
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -82,6 +83,11 @@ class RunFolder:
             os.fsync(parent)  # the rename itself survives a power cut
         finally:
             os.close(parent)
+
+
+def budget_folder(out: Path, budget: str, *, alone: bool) -> Path:
+    """Where the run of a budget goes: `out` itself, or of several budgets "3.5bpw" below it."""
+    return out if alone else out / re.sub(r"[^A-Za-z0-9.]+", "-", budget).strip("-")
 
 
 def _check(out: Path, source: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,8 +20,11 @@ from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
 from aptq.contents import Contents, Entry
-from aptq.pipeline import Step
+from aptq.core.scores import Scores
+from aptq.outlook import Line, Outlook, reasons, thinned
+from aptq.report import front
 from aptq.report.summary import Summary
+from aptq.work import Step
 
 
 def quiet_libraries() -> None:
@@ -101,7 +104,7 @@ def show_summary(summary: Summary) -> None:
     """The final table of a run."""
     numbers = ("layers", "bits", "error", "before", "after", "rescues")
     table = _table(summary.source, ("role", "grid"), numbers)
-    for row in summary.rows:
+    for row in summary.roles:
         table.add_row(
             row.role,
             row.grid,
@@ -125,11 +128,93 @@ def show_summary(summary: Summary) -> None:
     )
     console = Console()
     console.print(table)
-    lines = [f"{summary.seconds:.1f} s, {summary.tokens:,} calibration tokens"]
+    if len(summary.histogram) > 1:
+        console.print("\n".join(_bars(summary.histogram)), highlight=False)
+    lines = []
+    if summary.expected_loss is not None:
+        lines.append(f"expected loss {_nats(summary.expected_loss)}")
+    lines += [f"{summary.seconds:.1f} s, {summary.tokens:,} calibration tokens"]
     lines += [f"{summary.fallbacks} of {summary.layers} layers needed a numerical rescue"]
     noted = ", ".join(f"{name} {count:g}" for name, count in sorted(summary.counts.items()))
     lines += [f"reported by the stages: {noted}"] if noted else []
     console.print("\n".join(lines), highlight=False)
+
+
+def _bars(histogram: Mapping[str, int]) -> list[str]:
+    """How many layers have which grid."""
+    most = max(histogram.values())
+    return [
+        f"{grid:<16} {count:>5} {'█' * max(1, round(40 * count / most))}"
+        for grid, count in histogram.items()
+    ]
+
+
+def _nats(loss: tuple[float, float]) -> str:
+    return f"{loss[0]:.4f} ± {loss[1]:.4f} nats per token"
+
+
+def show_scores(scores: Scores) -> None:
+    """What a measure found: losses per candidate, summed over the layers."""
+    title = f"{scores.measure}, {scores.unit}, {len(scores.losses)} layers"
+    table = _table(title, ("candidate",), ("all layers", "largest", "of layer"))
+    for number, candidate in enumerate(scores.candidates):
+        row = {name: losses[number] for name, losses in scores.losses.items()}
+        worst = max(row, key=lambda name: row[name])
+        total = sum(max(value, 0.0) for value in row.values())
+        table.add_row(candidate, f"{total:.4g}", f"{row[worst]:.4g}", worst)
+    console = Console()
+    console.print(table)
+    if scores.factor is not None:
+        console.print(f"one unit is {scores.factor:.4g} nats (residual {scores.residual:.2f})")
+
+
+def show_outlook(found: Outlook) -> None:
+    """Budgets with their needs, what stays 16 bit, and the front as table and picture."""
+    console = Console()
+    for line in found.lines:
+        console.print("\n".join(_budget(found, line)), highlight=False, soft_wrap=True)
+    table = _table(f"best {found.unit} by size", (), ("bits", "checkpoint", "loss", "noise"))
+    for point in thinned(found.front):
+        noise = f"{point.noise:.2g}" if point.noise else ""
+        table.add_row(f"{point.bits:.4f}", size(point.nbytes), f"{point.loss:.4g}", noise)
+    console.print(table)
+    chosen = [line.choice for line in found.lines]
+    marks = [(one.bits, one.loss) for one in chosen if one.loss is not None]
+    print(front.picture([(point.bits, point.loss) for point in found.front], marks))
+    console.print("\n".join(found.notes), highlight=False, soft_wrap=True)
+
+
+def _budget(found: Outlook, line: Line) -> list[str]:
+    """One budget in words."""
+    needs, memory = line.effort, line.running
+    parts = ", ".join(f"{name} {size(count)}" for name, count in needs.parts.items())
+    lines = [
+        f"{line.budget or 'as given'}: {line.choice.bits:.4f} bpw, checkpoint "
+        f"{size(line.choice.nbytes)} ({line.choice.nbytes:,} bytes) of {size(found.bytes_before)}",
+        *(f"  {text}" for text in _bars(line.grids)),
+        f"  to compress: memory {size(needs.memory)} ({parts})",
+        f"               disk {size(needs.disk)}, about {_duration(needs.seconds)} "
+        "(estimated from counted operations: right within a factor of 2)",
+    ]
+    if memory is not None:
+        lines.append(
+            f"  to run at {found.context:,} tokens on a GPU: {size(memory.peak)} = weights "
+            f"{size(memory.weights)} + cache {size(memory.cache)} + work {size(memory.work)}"
+        )
+    if line.choice.loss is not None:
+        lines.append(f"  expected loss {_nats((line.choice.loss, line.choice.noise or 0.0))}")
+    if line.choice.next is not None:
+        lines.append(f"  the next budget that loses less: {line.choice.next}")
+    for why, names in reasons(line.kept):
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        lines.append(f"  16 bit: {len(names)} layers ({shown}): {why}")
+    return lines
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def show_evaluation(result: dict[str, Any]) -> None:

@@ -97,13 +97,16 @@ def test_own_statistics_see_the_weights_of_their_layer(tmp_path: Path) -> None:
     q, k = (block.layers[f"model.layers.0.self_attn.{path}"] for path in profile)
     assert q.stats[shared] is k.stats[shared]
     assert q.stats[own] is not k.stats[own]
-    assert all(one.weight is None for one in seen_by(block, "self_attn.q_proj", shared))
+    mean = torch.stack([row_weights(value, 20, LENGTH) for value in profile.values()]).mean(0)
+    for one in seen_by(block, "self_attn.q_proj", shared):  # what layers share has their mean
+        assert one.weight is not None
+        torch.testing.assert_close(one.weight, mean.repeat(len(one.x) // LENGTH))
 
 
 def test_layers_without_profile_are_weighted_alike_and_counted(tmp_path: Path) -> None:
     names = {"model.layers.0.self_attn.q_proj": torch.rand(6) + 1}
     block = opened("llama", tmp_path, Profiles(LENGTH, names), windows())
-    weighted = Hessian(rows="gradient")
+    weighted = Hessian(rows="gradient", share=False)
     block.collect([weighted, Hessian()], block.groups[0])
     q, k = (block.layers[f"model.layers.0.self_attn.{path}"] for path in ("q_proj", "k_proj"))
     assert (q.counts, k.counts) == ({}, {"unweighted": 1.0})
@@ -116,7 +119,7 @@ def test_layers_without_profile_are_weighted_alike_and_counted(tmp_path: Path) -
 def test_without_profiles_gradient_rows_are_refused(tmp_path: Path) -> None:
     block = opened("llama", tmp_path, None, windows())
     with pytest.raises(ValueError, match="measure profiles first"):
-        block.collect([Hessian(rows="gradient")], block.groups[0])
+        block.collect([Hessian(rows="gradient", share=False)], block.groups[0])
 
 
 def test_rows_of_experts_are_weighted_by_their_tokens(tmp_path: Path) -> None:

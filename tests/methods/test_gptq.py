@@ -151,7 +151,7 @@ def test_bad_options_are_refused(options: dict[str, object]) -> None:
 
 def test_attempts_are_what_the_layer_would_become() -> None:
     """Candidates are swept together; each equals what on_layer makes of it alone."""
-    for stage in (GPTQ(clip=0.5), GPTQ(columns="natural", groups="dynamic")):
+    for stage in (GPTQ(), GPTQ(columns="natural", groups="dynamic")):
         made = layer("int4-g16-z")
         targets = [Target.parse(t) for t in ("int2-g8-z", "int3-row", "int4-g16-z", "int8-g8-z")]
         together = list(stage.attempt(made, targets))

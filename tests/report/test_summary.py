@@ -41,12 +41,33 @@ def test_rows_and_totals(run: Path) -> None:
     assert errors(run) == {"a": 0.1, "b": 0.3, "c": 0.5}
 
 
+def test_allocation_is_told(run: Path) -> None:
+    log = run / "log.jsonl"
+    start = {**START, "rule": {"rule": "milp", "measure": "fisher"}, "expected_loss": [0.5, 0.25]}
+    other = {**layer("d", "q", 0.9), "grid": "int2-row", "after": 3}
+    lines = log.read_text().splitlines()
+    log.write_text("\n".join([json.dumps(start), json.dumps(other), *lines[1:]]) + "\n")
+    found = read(run)
+    assert found.histogram == {"int4-row": 3, "int2-row": 1}
+    mixed, single = found.roles
+    assert (mixed.role, mixed.grid, mixed.layers, mixed.after) == ("q", "2 grids", 3, 13)
+    assert mixed.bits == pytest.approx(8 * 13 / 24)
+    assert mixed.error == pytest.approx((0.1 + 0.3 + 0.9) / 3)
+    assert single.grid == "int4-row"
+    assert found.expected_loss == (0.5, 0.25)
+    card.write(run)
+    text = (run / "README.md").read_text()
+    assert "- Plan: rule milp, measure fisher; layers: 3 x int4-row, 1 x int2-row" in text
+    assert "- Expected loss: 0.5000 ± 0.2500 nats a token" in text
+
+
 def test_card_has_recipe_and_figures(run: Path) -> None:
     card.write(run)
     text = (run / "README.md").read_text()
     assert "seed = 7" in text
     assert "1 of 3" in text
     assert "Not evaluated yet" in text
+    assert "Expected loss" not in text
     result = {"text": "t", "perplexity": 9.5, "kl": 0.25, "agreement": 0.875}
     (run / "eval.json").write_text(json.dumps({**result, "reference": {"perplexity": 9.0}}))
     card.write(run)

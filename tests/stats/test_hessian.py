@@ -137,7 +137,8 @@ def test_rows_of_one_weight_together_are_the_same() -> None:
 
 def test_gradient_rows_need_weights() -> None:
     stat = Hessian(rows="gradient")
-    assert stat.own
+    assert not Hessian(rows="gradient").own
+    assert Hessian(rows="gradient", share=False).own
     assert not Hessian().own
     with pytest.raises(ValueError, match="rows = 'uniform'"):
         stat.start(4, CPU).update(Seen(rows(3, 4), None, LENGTH))

@@ -40,6 +40,7 @@ def text(summary: Summary, recipe: str) -> str:
         f"- Bits per weight of the linears in the blocks, everything counted: {summary.bits:.4f}",
         f"- Calibration tokens: {summary.tokens:,}",
         f"- Layers that needed a numerical rescue: {summary.fallbacks} of {summary.layers}",
+        *_allocation(summary),
         *_evaluation(summary),
         "",
         *_rows(summary),
@@ -51,6 +52,19 @@ def text(summary: Summary, recipe: str) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _allocation(summary: Summary) -> list[str]:
+    """How the plan was chosen, what it consists of, and what it was expected to cost."""
+    lines = []
+    if summary.rule:
+        made = ", ".join(f"{key} {value}" for key, value in summary.rule.items())
+        grids = ", ".join(f"{count} x {grid}" for grid, count in summary.histogram.items())
+        lines.append(f"- Plan: {made}; layers: {grids}")
+    if summary.expected_loss is not None:
+        loss, noise = summary.expected_loss
+        lines.append(f"- Expected loss: {loss:.4f} ± {noise:.4f} nats a token")
+    return lines
 
 
 def _evaluation(summary: Summary) -> list[str]:

@@ -37,6 +37,24 @@ class Summary:
     tokens: int  # of calibration text
     counts: dict[str, float]  # what stages reported, summed over the layers
     evaluation: dict[str, Any] | None
+    rule: dict[str, str] | None = None  # who made the plan, and how
+    expected_loss: tuple[float, float] | None = None  # nats per token and standard error
+
+    @property
+    def histogram(self) -> dict[str, int]:
+        """Layers of each grid, the most frequent first."""
+        counts: Counter[str] = Counter()
+        for row in self.rows:
+            counts[row.grid] += row.layers
+        return dict(counts.most_common())
+
+    @property
+    def roles(self) -> tuple[Row, ...]:
+        """One row a role, whatever grids its layers have."""
+        alike: dict[str, list[Row]] = {}
+        for row in self.rows:
+            alike.setdefault(row.role, []).append(row)
+        return tuple(_merged(rows) for rows in alike.values())
 
     @property
     def fallbacks(self) -> int:
@@ -73,6 +91,8 @@ def read(folder: Path) -> Summary:
             tokens=start["data"]["tokens_used"] if start["data"] else 0,
             counts=dict(counts),
             evaluation=json.loads(evaluated.read_text("utf-8")) if evaluated.is_file() else None,
+            rule=start.get("rule"),
+            expected_loss=tuple(start["expected_loss"]) if "expected_loss" in start else None,
         )
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise _broken(folder, error) from error
@@ -119,3 +139,19 @@ def _rows(layers: Iterable[dict[str, Any]]) -> list[Row]:
         )
         for (role, grid), held in alike.items()
     ]
+
+
+def _merged(rows: list[Row]) -> Row:
+    """Rows of one role as one."""
+    layers = sum(row.layers for row in rows)
+    weights = sum(8 * row.after / row.bits for row in rows)
+    return Row(
+        role=rows[0].role,
+        grid=rows[0].grid if len(rows) == 1 else f"{len(rows)} grids",
+        layers=layers,
+        bits=8 * sum(row.after for row in rows) / weights,
+        error=sum(row.error * row.layers for row in rows) / layers,
+        before=sum(row.before for row in rows),
+        after=sum(row.after for row in rows),
+        fallbacks=sum(row.fallbacks for row in rows),
+    )

@@ -80,6 +80,10 @@ class Gradient(Stat):
         square, count = self._sums(half)
         return square.sum(0) / count.sum() if count.sum() > 0 else None
 
+    def total(self, half: int) -> Tensor:
+        """Sum of g_j^2 over the tokens of a half, [out] float64; 0 if no row was seen."""
+        return self._sums(half)[0].sum(0)
+
     def _sums(self, half: int | None) -> tuple[Tensor, Tensor]:
         """Squares [bins, out] and counts [bins] of a half or of both."""
         if not self.sums:

@@ -22,7 +22,7 @@ from aptq.engine.measure import Subject, row_damage
 from aptq.engine.stage import methods
 from aptq.engine.stat import Stat
 from aptq.stats.gradient import Gradient
-from aptq.stats.halves import HALVES, halves
+from aptq.stats.hessian import Hessian
 from aptq.stats.perturbation import Perturbation
 
 
@@ -50,7 +50,7 @@ class Fisher(Local):
 
     def needs(self) -> tuple[Stat, ...]:
         """Gradients by position for the profiles and by row, and for these the inputs."""
-        return (Gradient(),) if self.twice else (Gradient(), *HALVES)
+        return (Gradient(),) if self.twice else (Gradient(), Hessian())
 
     def profile(self, layer: Layer) -> Tensor | None:
         """Mean squared gradient by position, [bins]."""
@@ -65,13 +65,13 @@ class Fisher(Local):
         """Half the sum of squares."""
         if self.form != "row":
             return 0.5 * layer.stats[Perturbation(form=self.form)].tensors()["damage"]
-        held = [
-            (half.matrix(), half.sums["weight"] * rows)
-            for number, half in enumerate(halves(layer))
-            if (rows := gradient(layer).rows(number)) is not None
-        ]
-        found = [[row_damage(dW, H) @ rows for H, rows in held] for dW in changes]
-        return 0.5 * torch.tensor(found, dtype=torch.float64).T
+        # both halves with one H: gradients are what is noisy, and a product for each costs time
+        hessian, seen = layer.stats[Hessian()], gradient(layer)
+        assert isinstance(hessian, Hessian), type(hessian)
+        if not seen.sums:  # an expert without tokens
+            return torch.zeros(2, len(subject.targets), dtype=torch.float64)
+        H, rows = hessian.matrix(), torch.stack([seen.total(half) for half in (0, 1)])
+        return 0.5 * torch.stack([rows @ row_damage(dW, H) for dW in changes], dim=1)
 
 
 def gradient(layer: Layer) -> Gradient:

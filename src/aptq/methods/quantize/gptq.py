@@ -147,7 +147,10 @@ class GPTQ(Stage):
         return layer
 
     def attempt(self, layer: Layer, targets: Sequence[Target]) -> Iterator[Tensor]:
-        """All candidates in few sweeps, where one order of columns fits all."""
+        """All candidates in few sweeps, where one order of columns fits all.
+
+        Every third range is tried, which takes a third of the time and hardly changes an error.
+        """
         grids = [target.grid for target in targets if target.grid is not None]
         simple = self.groups == "static" and self.columns != "grouped" and not self.attentive
         problem = self.prepare(layer, grids[0]) if simple and grids else None
@@ -158,7 +161,7 @@ class GPTQ(Stage):
         step = max(1, STACKED // (ROW_BYTES * W.numel()))
         for start in range(0, len(grids), step):
             some = grids[start : start + step]
-            scales = [fit(W, g, importance=weights, shrink=shrinks(self.clip)) for g in some]
+            scales = [fit(W, g, importance=weights, shrink=shrinks(self.clip)[::3]) for g in some]
             rule = StackRule(some, scales, W.shape[1])
             swept = sweep(W.repeat(len(some), 1), U, rule, order=problem.order)
             yield from swept.rounded.split(len(W))

@@ -1,0 +1,174 @@
+"""The commands that choose and make: compress, measure, plan."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from aptq.cli import common
+from aptq.cli.common import guard, print_json
+
+
+def compress(
+    model: common.Original,
+    out: Annotated[Path, typer.Option(help="New run folder; of several budgets one in it each")],
+    grid: common.GridName = None,
+    budget: common.Budget = None,
+    recipe: common.RecipeName = common.DEFAULT,
+    plan: Annotated[Path | None, typer.Option(help="plan.json to repeat")] = None,
+    scores: common.ScoresFile = None,
+    keep: common.Keep = None,
+    profile: common.Profile = None,
+    data: common.Text = None,
+    samples: common.Samples = None,
+    length: common.Length = None,
+    seed: common.Seed = None,
+    device: common.Device = "auto",
+    revision: common.Revision = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Stop where a layer needs a numerical rescue")
+    ] = False,
+    activations: common.Activations = "auto",
+    as_json: common.Json = False,
+    debug: common.Debug = False,
+) -> None:
+    """Compress MODEL into a run folder: recipe, scores, plan, log, card and packed checkpoint."""
+    with guard(debug):
+        _one_size(grid, budget, plan, keep, recipe)
+        from aptq import pipeline
+        from aptq.core.plan import Plan
+        from aptq.core.scores import Scores
+        from aptq.recipe import Recipe
+        from aptq.terminal import Display, quiet_libraries, show_summary
+
+        quiet_libraries()
+        chosen = Recipe.load(recipe).adapt(
+            grid=grid,
+            budget=budget,
+            keep=tuple(keep or ()),
+            profile=profile,
+            source=data,
+            samples=samples,
+            length=length,
+            seed=seed,
+        )
+        with Display(quiet=as_json) as display:
+            given = None if plan is None else Plan.load(plan)
+            table = None if scores is None else Scores.load(scores)
+            how = (device, revision, strict, activations, display)
+            made = pipeline.compress_each(model, out, chosen, given, table, *how)
+        for folder, done in made.items():
+            if not as_json:
+                show_summary(done)
+                typer.echo(f"written to {folder}")
+        if as_json:
+            found = [{"out": str(folder), **done.to_json()} for folder, done in made.items()]
+            print_json(found if len(found) > 1 else found[0])
+
+
+def measure(
+    model: common.Original,
+    out: Annotated[Path, typer.Option(help="New file, scores.json")],
+    recipe: common.RecipeName = common.DEFAULT,
+    keep: common.Keep = None,
+    data: common.Text = None,
+    samples: common.Samples = None,
+    length: common.Length = None,
+    seed: common.Seed = None,
+    device: common.Device = "auto",
+    revision: common.Revision = None,
+    activations: common.Activations = "auto",
+    as_json: common.Json = False,
+    debug: common.Debug = False,
+) -> None:
+    """Measure how much every layer of MODEL would suffer at every candidate grid."""
+    with guard(debug):
+        from aptq import pipeline
+        from aptq.recipe import Recipe
+        from aptq.terminal import Display, quiet_libraries, show_scores
+
+        quiet_libraries()
+        chosen = Recipe.load(recipe).adapt(
+            keep=tuple(keep or ()),
+            source=data,
+            samples=samples,
+            length=length,
+            seed=seed,
+        )
+        with Display(quiet=as_json) as display:
+            scores = pipeline.measure(
+                model,
+                out,
+                recipe=chosen,
+                device=device,
+                revision=revision,
+                activations=activations,
+                report=display,
+            )
+        if as_json:
+            print_json({"out": str(out), "measure": scores.measure, "unit": scores.unit})
+        else:
+            show_scores(scores)
+            typer.echo(f"written to {out}")
+
+
+def plan(
+    model: common.Original,
+    grid: common.GridName = None,
+    budget: common.Budget = None,
+    recipe: common.RecipeName = common.DEFAULT,
+    scores: common.ScoresFile = None,
+    keep: common.Keep = None,
+    profile: common.Profile = None,
+    context: Annotated[int, typer.Option(help="Tokens that it shall hold when it runs")] = 8192,
+    out: Annotated[Path | None, typer.Option(help="Write plan.json, of one budget")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the picture as an HTML file")] = None,
+    device: common.Device = "auto",
+    revision: common.Revision = None,
+    as_json: common.Json = False,
+    debug: common.Debug = False,
+) -> None:
+    """What compressing MODEL would give and take, from its config and headers alone."""
+    with guard(debug):
+        from aptq import pipeline
+        from aptq.core.scores import Scores
+        from aptq.recipe import Recipe
+        from aptq.report import front
+        from aptq.terminal import quiet_libraries, show_outlook
+
+        quiet_libraries()
+        chosen = Recipe.load(recipe).adapt(
+            grid=grid, budget=budget, keep=tuple(keep or ()), profile=profile
+        )
+        found = pipeline.outlook(
+            model,
+            chosen,
+            scores=None if scores is None else Scores.load(scores),
+            context=context,
+            device=device,
+            revision=revision,
+        )
+        if out is not None:
+            found.single().choice.plan.save(out)
+        if html is not None:
+            front.write_html(html, found.to_json())
+        if as_json:
+            print_json(found.to_json())
+        else:
+            show_outlook(found)
+
+
+def _one_size(
+    grid: str | None, budget: str | None, plan: Path | None, keep: list[str] | None, recipe: str
+) -> None:
+    """A size has to come from somewhere, and from one place."""
+    if plan is not None and (grid is not None or budget is not None or keep):
+        raise ValueError(
+            "a plan leaves nothing to choose\n--plan was given with --grid, --budget or --keep\n"
+            "give the plan alone, or leave it out"
+        )
+    if (grid, budget, plan) == (None, None, None) and not recipe.endswith(".toml"):
+        raise ValueError(
+            f"how small the model shall become is not said\nrecipe {recipe!r} fits any size\n"
+            "add --grid int4-g64-z, --budget 4bpw or --plan FILE"
+        )

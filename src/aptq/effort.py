@@ -1,0 +1,132 @@
+"""What compressing will take: memory, disk and time, from shapes and the recipe.
+
+Memory and disk add up what the steps hold at once; the seconds divide counted operations by the
+rates below, so they are right within a factor of two at best.  docs/log.md compares both with runs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from aptq.core.plan import Plan
+from aptq.engine.stream import batch_windows
+from aptq.engine.tape import tape_bytes
+from aptq.model.model import Model
+from aptq.planning import candidates, measuring_data, wants_profiles, wants_scores
+from aptq.recipe import Recipe
+
+PROGRAM = 300 << 20  # bytes of anonymous memory after the imports, tokenizer included (measured)
+FACTOR = 32  # bytes for each element of a Hessian while it is factorised: its mean, float64 copies
+SWEEP = 16  # bytes a weight while a layer is rounded: residual, errors, result, codes
+BLOCK = 6  # bytes a weight of the loaded block: float32 to work on, 16 bits to run
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Sustained speed of a device."""
+
+    forward: float  # FLOP/s of 16-bit products
+    solve: float  # FLOP/s of factorising and of column sweeps
+    column: float  # seconds to launch what a sweep does for one column
+    stream: float  # bytes/s read, hashed and written
+
+
+# Fitted to benchmarks/results: compress_time-cpu and memory-cpu (one core of two with
+# AVX512_BF16), quality-cuda (H200, whose sweeps wait for their launches)
+CPU_CORE = Rates(forward=120e9, solve=15e9, column=0.0, stream=0.5e9)
+GPU = Rates(forward=250e12, solve=5e12, column=110e-6, stream=1e9)
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """Needs of a run.  `memory` is on the device that compresses; mapped weights do not count."""
+
+    memory: int  # bytes at the peak
+    disk: int  # bytes at the peak, if the hidden states lie there
+    seconds: float  # an estimate
+    parts: dict[str, int]  # what the memory holds
+
+
+def effort(model: Model, recipe: Recipe, plan: Plan, nbytes: int, device: torch.device) -> Effort:
+    """What `aptq compress` needs for a checkpoint of `nbytes` bytes under `plan`."""
+    calibrated = any(stage.needs() for stage in recipe.stages)
+    tokens = recipe.data.needed if calibrated else 0
+    measured = wants_scores(recipe, None)
+    backward = measured or wants_profiles(recipe)
+    some = measuring_data(recipe.data).needed if backward else 0
+    width: int = model.config.get_text_config().hidden_size
+    states = tokens * width * model.dtype.itemsize
+    parts = _memory(model, recipe, plan, device)
+    parts["hidden states"] = states
+    tape = tape_bytes(model, some) if backward else 0
+    return Effort(
+        memory=sum(parts.values()),
+        disk=nbytes + max(states, tape),
+        seconds=_seconds(model, recipe, plan, nbytes, tokens, some, device),
+        parts=parts,
+    )
+
+
+def _memory(model: Model, recipe: Recipe, plan: Plan, device: torch.device) -> dict[str, int]:
+    """Bytes by what they are for, at the block that takes most."""
+    blocks = [_block(model, recipe, plan, index) for index in range(model.blocks)]
+    largest = max(blocks, key=lambda block: sum(block.values()))
+    parts = {**({} if device.type == "cuda" else {"program": PROGRAM}), **largest}
+    config = model.config.get_text_config()
+    length = min(recipe.data.length, recipe.data.needed)
+    rows = min(batch_windows(length, device) * length, recipe.data.needed)
+    inner = max(max(shape) for shape in model.shapes.values())
+    parts["activations of a batch"] = rows * (4 * config.hidden_size + 3 * inner)
+    parts["activations of a batch"] *= model.dtype.itemsize
+    outer = sum(math.prod(shape) for shape in model.outer_shapes.values())
+    if device.type == "cuda":  # on a CPU they are mapped from the source
+        parts["embedding and head"] = outer * model.dtype.itemsize
+    return parts
+
+
+def _block(model: Model, recipe: Recipe, plan: Plan, index: int) -> dict[str, int]:
+    needs = {need for stage in recipe.stages for need in stage.needs()}
+    weights = sums = factor = sweep = 0
+    for group in model.groups(index):
+        shapes = [model.shapes[name] for name in group.layers.values()]
+        columns = shapes[0][1]
+        weights += sum(math.prod(shape) for shape in shapes)
+        sums += sum(need.nbytes(columns) * (len(shapes) if need.own else 1) for need in needs)
+        if any(not plan.targets[name].kept for name in group.layers.values()):
+            sweep = max(sweep, SWEEP * max(math.prod(shape) for shape in shapes))
+            factor = max(factor, FACTOR * columns**2 if needs else 0)
+    found = {"weights of a block": BLOCK * weights, "statistics": sums}
+    return {**found, "factorisation": factor, "rounding": sweep}
+
+
+def _seconds(
+    model: Model,
+    recipe: Recipe,
+    plan: Plan,
+    nbytes: int,
+    tokens: int,
+    measuring: int,
+    device: torch.device,
+) -> float:
+    rates, cores = GPU, 1
+    if device.type == "cpu":
+        rates, cores = CPU_CORE, torch.get_num_threads()
+    weights = sum(math.prod(shape) for shape in model.shapes.values())
+    stages = sum(bool(stage.needs()) for stage in recipe.stages)
+    passes = (stages + 1) * tokens * 2 * weights  # collect for each stage, and advance
+    passes += 10 * measuring * weights  # forward, forward again with gradients, backward
+    tries = len(candidates(recipe)) + 1 if measuring else 1
+    sums = solves = columns_swept = 0
+    for name, (out, columns) in model.shapes.items():
+        if stages and not plan.targets[name].kept:
+            # three or four layers share a Hessian: counting one in three
+            sums += (tokens + measuring) * columns**2 // 3
+            solves += stages * (columns**3 // 3 + tries * out * columns**2)
+            columns_swept += stages * tries * columns
+    seconds = (passes + 2 * sums) / rates.forward + solves / rates.solve
+    seconds += columns_swept * rates.column
+    read = weights * model.dtype.itemsize * (3 if measuring else 1)
+    return seconds / cores + (read + nbytes) / rates.stream

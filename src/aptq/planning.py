@@ -1,0 +1,181 @@
+"""From a recipe to a plan: which candidates there are, what is kept, and what the budget allows."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal
+
+from aptq.core.budget import Budget
+from aptq.core.grid import Grid
+from aptq.core.plan import PartSpec, Plan, Target
+from aptq.core.scores import Scores
+from aptq.core.search import Room
+from aptq.core.units import Wishes, coupled
+from aptq.engine.data import Data
+from aptq.footprint import weight_bytes, weight_limit
+from aptq.model.model import Model
+from aptq.planner import CANDIDATES, Choice, Planner, uniform
+from aptq.recipe import Recipe
+from aptq.store.checkpoint import predict
+
+MEASURED = 16_384  # tokens that a measure looks at: 32 windows of 512
+
+# llama.cpp's Q4_0 Q4_1 Q5_0 Q5_1 Q8_0
+GGUF = tuple(map(Grid.parse, ("int4-g32", "int4-g32-fz", "int5-g32", "int5-g32-fz", "int8-g32")))
+# compressed-tensors as vLLM's Marlin kernels run it
+VLLM = tuple(
+    Grid.parse(f"int{bits}-{group}{zero}")
+    for bits in (4, 8)
+    for group in ("row", "g128", "g64", "g32")
+    for zero in ("", "-z")
+)
+
+
+def wants_scores(recipe: Recipe, given: Plan | None) -> bool:
+    """Does a run by this recipe choose between grids layer by layer?"""
+    choice = len(recipe.grids) != 1 and bool(recipe.budget)
+    return given is None and recipe.allocate is not None and choice
+
+
+def wants_profiles(recipe: Recipe) -> bool:
+    """Does a stage weight rows by output gradients?"""
+    return any(need.weighted for stage in recipe.stages for need in stage.needs())
+
+
+def measuring_data(data: Data) -> Data:
+    """The first windows, so many that measuring stays cheap beside compressing."""
+    most = max(2, MEASURED // data.length)  # two, so that their difference tells the noise
+    return replace(data, samples=min(data.samples, most))
+
+
+def grids(recipe: Recipe) -> tuple[Grid, ...]:
+    """The candidate grids that the recipe's engine runs.  Raises ValueError if there is none."""
+    runs = {"gguf": GGUF, "vllm": VLLM}.get(recipe.profile)
+    if runs is None:
+        return recipe.grids or CANDIDATES
+    runs = (*runs, Grid("bf16"))
+    found = tuple(grid for grid in recipe.grids or runs if grid in runs)
+    if not found:
+        raise ValueError(
+            f"{recipe.profile} runs none of the candidate grids\n"
+            f"{', '.join(map(str, recipe.grids))}; it runs {', '.join(map(str, runs))}\n"
+            "add one of those to grids, or choose another profile"
+        )
+    return found
+
+
+def candidates(recipe: Recipe) -> tuple[Target, ...]:
+    """What a layer may become."""
+    return tuple(Target((PartSpec(grid),)) for grid in grids(recipe))
+
+
+def kept_names(model: Model, recipe: Recipe) -> dict[str, str]:
+    """Layers that the recipe keeps -> the pattern that says so."""
+    return {
+        name: pattern
+        for pattern in reversed(recipe.keep)
+        for name in fnmatch.filter(model.shapes, pattern)
+    }
+
+
+Size = Callable[[Plan], int]  # bytes of all files of a plan's checkpoint
+
+
+def sizer(model: Model) -> Size:
+    """The exact size of any plan; those that were asked for are remembered."""
+    known: dict[tuple[Target | None, ...], int] = {}
+
+    def size(plan: Plan) -> int:
+        key = tuple(plan.targets.get(name) for name in (*model.shapes, *model.outer_shapes))
+        if key not in known:
+            known[key] = predict(model, plan).total
+        return known[key]
+
+    return size
+
+
+def choose(
+    model: Model,
+    recipe: Recipe,
+    given: Plan | None = None,
+    scores: Scores | None = None,
+    size: Size | None = None,
+) -> Choice:
+    """The plan for the single budget of `recipe`, or the `given` one, with its exact size.
+
+    By scores where the recipe allocates, else one grid for all layers.  Raises Infeasible if
+    nothing fits the budget, ValueError for a plan of other layers.
+    """
+    itemsize, size = model.dtype.itemsize, size or sizer(model)
+    if given is not None:
+        model.check(given)
+        bits = given.bits(model.shapes, itemsize, model.outer_shapes)
+        return _expecting(Choice(given, None, bits, size(given)), scores)
+    if scores is not None and wants_scores(recipe, given):
+        return planner(model, recipe, scores, size).choose(recipe.budget)
+    choice = uniform(
+        model.shapes,
+        grids(recipe),
+        recipe.budget,
+        keep=recipe.keep,
+        itemsize=itemsize,
+        size=size,
+        device=_device(model, recipe),
+    )
+    return _expecting(choice, scores)
+
+
+def blank(model: Model, recipe: Recipe) -> Scores:
+    """Scores as the recipe will measure them, all zero: they tell which budgets can be reached."""
+    assert recipe.measure is not None, "nothing will be measured"
+    unit: Literal["nats", "relative"] = "nats" if recipe.nats else recipe.measure.unit
+    texts = tuple(map(str, candidates(recipe)))
+    zeros = dict.fromkeys(model.shapes, (0.0,) * len(texts))
+    return Scores("blank", unit, texts, zeros, zeros)
+
+
+def planner(model: Model, recipe: Recipe, scores: Scores, size: Size) -> Planner:
+    """What chooses by `scores` with the recipe's allocator."""
+    assert recipe.allocate is not None, "the recipe does not allocate"
+    groups = (g.layers for index in range(model.blocks) for g in model.groups(index))
+    measured = set(scores.candidates)  # a table may have been made for fewer grids
+    wishes = Wishes(
+        shapes=model.shapes,
+        outer=model.outer_shapes if recipe.outer else {},
+        candidates=tuple(t for t in candidates(recipe) if str(t) in measured),
+        keep=recipe.keep,
+        minimum={pattern: float(bits) for pattern, bits in recipe.minimums.items()},
+        groups=coupled(recipe.profile, groups),
+        itemsize=model.dtype.itemsize,
+    )
+    return Planner(
+        wishes=wishes,
+        scores=scores,
+        allocator=recipe.allocate,
+        size=size,
+        device=_device(model, recipe),
+    )
+
+
+def _device(model: Model, recipe: Recipe) -> Callable[[Budget], Room]:
+    """What "fits 8GiB @ 8192x1" leaves for weights."""
+
+    def room(budget: Budget) -> Room:
+        assert budget.device_bytes is not None, budget
+        every, shape = candidates(recipe), (budget.context, budget.batch)
+        limit = weight_limit(model, every, budget.device_bytes, *shape)
+        return Room(limit, lambda plan: weight_bytes(model, plan))
+
+    return room
+
+
+def _expecting(choice: Choice, scores: Scores | None) -> Choice:
+    """The choice with its expected loss, where the scores know all of its plan."""
+    measured = scores is not None and all(
+        target.kept or (name in scores.losses and str(target) in scores.candidates)
+        for name, target in choice.plan.targets.items()
+    )
+    found = scores.nats(choice.plan) if scores is not None and measured else None
+    return choice if found is None else replace(choice, loss=found[0], noise=found[1])

@@ -1,0 +1,117 @@
+"""From recipe to plan and effort: engines' grids, coupling, minimum bits, what a run will take."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from aptq.core.plan import Plan
+from aptq.core.problem import code_bits
+from aptq.core.scores import Scores
+from aptq.effort import effort
+from aptq.engine.data import Data
+from aptq.failures import Infeasible
+from aptq.model.model import Model
+from aptq.planning import blank, candidates, choose, grids, measuring_data, wants_scores
+from aptq.recipe import Recipe
+from tests.tiny import tiny_model
+
+TABLES = "[allocate]\nuse = 'milp'\n[measure]\nuse = 'error'\n[[stage]]\nuse = 'gptq'\n"
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return Model.open(tiny_model("llama", tmp_path_factory.mktemp("m"), torch.bfloat16))
+
+
+def recipe(head: str = "", tables: str = TABLES) -> Recipe:
+    return Recipe.parse(head + tables, "here")
+
+
+def table(model: Model, wanted: Recipe) -> Scores:
+    """Losses that fall with the bits, and differ from layer to layer."""
+    targets = candidates(wanted)
+    rows = {
+        name: tuple((1 + number % 7) * 4.0 ** -code_bits(target) for target in targets)
+        for number, name in enumerate(model.shapes)
+    }
+    zeros = dict.fromkeys(rows, (0.0,) * len(targets))
+    return Scores("error", "relative", tuple(map(str, targets)), rows, zeros)
+
+
+@pytest.mark.parametrize(("profile", "bits"), [("vllm", {4, 8, 16}), ("gguf", {4, 5, 8, 16})])
+def test_an_engine_limits_the_candidates(profile: str, bits: set[int]) -> None:
+    assert {grid.bits for grid in grids(recipe(f"profile = '{profile}'\n"))} == bits
+    some = recipe(f"profile = '{profile}'\ngrids = ['int2-g32', 'int8-g32']\n")
+    assert [str(grid) for grid in grids(some)] == ["int8-g32"]
+    with pytest.raises(ValueError, match=f"{profile} runs none of the candidate grids"):
+        grids(recipe(f"profile = '{profile}'\ngrids = ['int3-g16']\n"))
+
+
+def test_fused_layers_share_a_grid_where_the_engine_fuses_them(model: Model) -> None:
+    shared = []
+    for profile in ("vllm", "aptq"):
+        head = f"profile = '{profile}'\nbudget = '7bpw'\ngrids = ['int4-g32', 'int8-g32']\n"
+        wanted = recipe(head)
+        plan = choose(model, wanted, None, table(model, wanted)).plan.targets
+        groups = [[plan[n] for r, n in g.layers.items() if r in "qkv"] for g in model.groups(0)]
+        shared.append(len(set(groups[0])) == 1)
+    assert shared == [True, False]
+
+
+def test_minimum_bits_hold(model: Model) -> None:
+    head = "minimum = ['*.v_proj=6']\nbudget = '4.5bpw'\ngrids = ['int2-g32', 'int6-g32']\n"
+    wanted = recipe(head)
+    plan = choose(model, wanted, None, table(model, wanted)).plan.targets
+    assert {code_bits(plan[name]) for name in plan if "v_proj" in name} == {6}
+    assert 2 in {code_bits(target) for target in plan.values()}
+
+
+def test_what_cannot_be_reached_is_known_before_measuring(model: Model) -> None:
+    far = recipe("budget = '1bpw'\n")
+    with pytest.raises(Infeasible):
+        choose(model, far, None, blank(model, far))
+    floor = recipe("budget = '0.1nats'\n")
+    with pytest.raises(ValueError, match="no unit"):
+        choose(model, floor, None, blank(model, floor))
+    fitted = replace(floor, nats=True)
+    assert choose(model, fitted, None, blank(model, fitted)).bits < 16
+
+
+def test_measuring_looks_at_the_first_windows() -> None:
+    assert measuring_data(Data()).samples == 32
+    assert measuring_data(Data(samples=8)).samples == 8
+    assert measuring_data(Data(length=32_768)).samples == 2
+
+
+def test_scores_are_wanted_only_for_a_budget_to_spend(model: Model) -> None:
+    plan = choose(model, recipe("budget = '4bpw'\n", "[[stage]]\nuse = 'rtn'\n")).plan
+    assert wants_scores(recipe(), None)
+    assert not wants_scores(recipe(), plan)
+    assert not wants_scores(recipe().adapt(grid="int4-row"), None)
+    assert not wants_scores(recipe().adapt(grid="int4-row", budget="5bpw"), None)
+    assert not wants_scores(recipe("", "[[stage]]\nuse = 'rtn'\n"), None)
+
+
+def test_effort_adds_up_what_the_recipe_does(model: Model, tmp_path: Path) -> None:
+    wanted = recipe("", "[[stage]]\nuse = 'gptq'\n[data]\nsamples = 4\nlength = 64\n")
+    choice = choose(model, wanted)
+
+    def needs(chosen: Recipe, plan: Plan = choice.plan, device: torch.device = CPU):  # type: ignore[no-untyped-def]
+        return effort(model, chosen, plan, choice.nbytes, device)
+
+    found = needs(wanted)
+    assert found.memory == sum(found.parts.values())
+    assert found.disk == choice.nbytes + 4 * 64 * 48 * 2
+    assert found.parts["statistics"] == 4 * (3 * 48**2 + 40**2)  # two inputs, o and down
+    assert "program" not in needs(wanted, device=CUDA).parts
+    kept = Plan({name: type(target)() for name, target in choice.plan.targets.items()})
+    assert needs(wanted, kept).parts["factorisation"] == 0
+    rtn = needs(recipe("", "[[stage]]\nuse = 'rtn'\n"))
+    assert rtn.disk == choice.nbytes
+    assert rtn.seconds < found.seconds < needs(recipe()).seconds
+    longer = needs(wanted.adapt(samples=64))
+    assert longer.seconds > found.seconds
+    assert longer.disk > found.disk
