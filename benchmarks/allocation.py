@@ -8,6 +8,7 @@ rows are skipped.  A measure is taken once and its scores serve all sizes.
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
 import time
@@ -109,8 +110,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1e9, help="start no row after these")
     parts = ("measure", "table", "ablation", "seeds")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
-    parser.add_argument("--match", default="", help="rows whose label contains this")
+    parser.add_argument("--match", default="", help="rows whose label has this pattern")
     options = parser.parse_args()
+    for name in ("model", "shared", "results", "scratch"):  # rows run in another folder
+        setattr(options, name, getattr(options, name).resolve())
     options.scratch.mkdir(parents=True, exist_ok=True)
     limit = time.monotonic() + options.seconds
     words = ["--device", options.device, "--shared", str(options.shared)]
@@ -126,7 +129,7 @@ def main() -> None:
             fixed = ["quality.py", str(options.model), "--label", label, *words, *rows, name]
             jobs.append((label, [*fixed, *more]))
     with ThreadPoolExecutor(options.workers) as pool:
-        chosen = [job for job in jobs if options.match in job[0]]
+        chosen = [job for job in jobs if re.search(options.match, job[0])]
         for (label, _), line in zip(
             chosen, pool.map(lambda job: run(job[1], limit), chosen), strict=True
         ):
