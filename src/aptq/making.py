@@ -1,7 +1,5 @@
 """One run: compress a model by a plan into a run folder, with everything a reader of it needs."""
 
-from __future__ import annotations
-
 import math
 import platform
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Dataclasses as plain values: the keys of a recipe, checked; and options as people read them."""
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import re

@@ -1,7 +1,5 @@
 """Outlook: what is known about compressing a model before it is done, for every budget."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace

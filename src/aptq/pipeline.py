@@ -4,8 +4,6 @@ Compressing: check output folders and data, open the model, measure, choose the 
 budget, walk the blocks, publish.
 """
 
-from __future__ import annotations
-
 import time
 from contextlib import ExitStack
 from dataclasses import replace
@@ -18,6 +16,7 @@ from torch import Tensor
 from aptq.core.plan import Plan
 from aptq.core.scores import Scores
 from aptq.engine.data import Batches, Data, check_source, limits_of, tokens
+from aptq.engine.judge import profiles_of
 from aptq.engine.stream import Where
 from aptq.engine.tape import tape_bytes
 from aptq.making import make
@@ -31,7 +30,7 @@ from aptq.report.summary import Summary
 from aptq.runfolder import RunFolder, budget_folder
 from aptq.runtime.generate import sample
 from aptq.runtime.open import find_device, original
-from aptq.scoring import measure_profiles, profiles_of, score
+from aptq.scoring import measure_profiles, score
 from aptq.work import Report, Step, Work, silent
 
 
@@ -217,6 +216,7 @@ def _check_measure(recipe: Recipe) -> None:
             "there is nothing to choose by\nthe recipe has no [measure] table\n"
             "add one with use = 'fisher', say, or give --scores FILE"
         )
+    recipe.measure.check(["outer = true"] if recipe.outer else [])
 
 
 def _open(source: str | Path, revision: str | None, report: Report) -> Model:

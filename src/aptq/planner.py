@@ -1,7 +1,5 @@
 """Planner: which grid every layer gets so that the model keeps within a budget, to the byte."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """From a recipe to a plan: which candidates there are, what is kept, and what the budget allows."""
 
-from __future__ import annotations
-
 import fnmatch
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,7 +7,7 @@ from typing import Literal
 
 from aptq.core.budget import Budget
 from aptq.core.grid import Grid
-from aptq.core.plan import PartSpec, Plan, Target
+from aptq.core.plan import PartSpec, Plan, Shapes, Target
 from aptq.core.scores import Scores
 from aptq.core.search import Room
 from aptq.core.units import Wishes, coupled
@@ -71,12 +69,17 @@ def candidates(recipe: Recipe) -> tuple[Target, ...]:
     return tuple(Target((PartSpec(grid),)) for grid in grids(recipe))
 
 
+def choosable(model: Model, recipe: Recipe) -> Shapes:
+    """Shapes of all layers that the recipe lets a plan choose for."""
+    return {**model.shapes, **(model.outer_shapes if recipe.outer else {})}
+
+
 def kept_names(model: Model, recipe: Recipe) -> dict[str, str]:
     """Layers that the recipe keeps -> the pattern that says so."""
     return {
         name: pattern
         for pattern in reversed(recipe.keep)
-        for name in fnmatch.filter(model.shapes, pattern)
+        for name in fnmatch.filter(choosable(model, recipe), pattern)
     }
 
 
@@ -132,15 +135,20 @@ def blank(model: Model, recipe: Recipe) -> Scores:
     assert recipe.measure is not None, "nothing will be measured"
     unit: Literal["nats", "relative"] = "nats" if recipe.nats else recipe.measure.unit
     texts = tuple(map(str, candidates(recipe)))
-    zeros = dict.fromkeys(model.shapes, (0.0,) * len(texts))
+    zeros = dict.fromkeys(choosable(model, recipe), (0.0,) * len(texts))
     return Scores("blank", unit, texts, zeros, zeros)
 
 
 def planner(model: Model, recipe: Recipe, scores: Scores, size: Size) -> Planner:
-    """What chooses by `scores` with the recipe's allocator."""
+    """What chooses by `scores` with the recipe's allocator; it sees what the recipe allows."""
     assert recipe.allocate is not None, "the recipe does not allocate"
     groups = (g.layers for index in range(model.blocks) for g in model.groups(index))
     measured = set(scores.candidates)  # a table may have been made for fewer grids
+    hidden = model.outer_shapes.keys() - choosable(model, recipe).keys()
+    losses, noise = (
+        {name: row for name, row in table.items() if name not in hidden}
+        for table in (scores.losses, scores.noise)
+    )
     wishes = Wishes(
         shapes=model.shapes,
         outer=model.outer_shapes if recipe.outer else {},
@@ -152,7 +160,7 @@ def planner(model: Model, recipe: Recipe, scores: Scores, size: Size) -> Planner
     )
     return Planner(
         wishes=wishes,
-        scores=scores,
+        scores=replace(scores, losses=losses, noise=noise),
         allocator=recipe.allocate,
         size=size,
         device=_device(model, recipe),

@@ -4,8 +4,6 @@ A table of a stage, a measure or an allocator is its dataclass: `use` is the reg
 other key one of its fields.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import tomllib
 from dataclasses import dataclass, field
@@ -71,7 +69,7 @@ class Recipe:
         return {pattern: int(bits) for pattern, _, bits in pairs}
 
     @classmethod
-    def load(cls, source: str | Path) -> Recipe:
+    def load(cls, source: str | Path) -> "Recipe":
         """Read a TOML file, or a shipped recipe by name; ValueError names the key that is wrong."""
         path = Path(source)
         if path.suffix != ".toml":
@@ -88,7 +86,7 @@ class Recipe:
         return cls.parse(path.read_text("utf-8"), str(path))
 
     @classmethod
-    def parse(cls, text: str, where: str) -> Recipe:
+    def parse(cls, text: str, where: str) -> "Recipe":
         """The recipe in TOML `text`; `where` names it in errors."""
         try:
             table = tomllib.loads(text)
@@ -130,7 +128,7 @@ class Recipe:
         samples: int | None = None,
         length: int | None = None,
         seed: int | None = None,
-    ) -> Recipe:
+    ) -> "Recipe":
         """The recipe with some of its values replaced (None and () leave them).
 
         A grid without a budget is taken as it is; `seed` is also that of the data.

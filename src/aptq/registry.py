@@ -4,8 +4,6 @@
 in one method never delays or breaks another.  Torch-free, at the bottom of the import order.
 """
 
-from __future__ import annotations
-
 import difflib
 import importlib
 import importlib.util

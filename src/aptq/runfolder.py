@@ -3,8 +3,6 @@
 recipe.toml scores.json plan.json log.jsonl README.md eval.json checkpoint/
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,11 +1,8 @@
 """The measuring pass of a run: scores of all candidates, and the profiles that row weights need."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from aptq.core.profile import Profiles
@@ -14,9 +11,10 @@ from aptq.engine.backward import Observed, backward_walk
 from aptq.engine.judge import fit_factor
 from aptq.engine.measure import Subject
 from aptq.engine.tape import open_tape
-from aptq.planning import candidates, kept_names, measuring_data, wants_profiles
+from aptq.engine.walk import Progress
+from aptq.planning import candidates, choosable, kept_names, measuring_data, wants_profiles
 from aptq.recipe import Recipe
-from aptq.stats.gradient import Gradient
+from aptq.stats.gradient import Gradient, gradient
 from aptq.work import Work
 
 
@@ -38,7 +36,7 @@ def score(work: Work, recipe: Recipe, folder: Path) -> Scores:
         where=work.activations,
         stages=recipe.stages,
         targets=candidates(recipe),
-        names=frozenset(model.shapes.keys() - kept_names(model, recipe).keys()),
+        names=frozenset(choosable(model, recipe).keys() - kept_names(model, recipe).keys()),
         seed=recipe.seed,
         report=lambda done: work.show("measure", done),
         profiles=profiles,
@@ -53,39 +51,22 @@ def score(work: Work, recipe: Recipe, folder: Path) -> Scores:
 
 def measure_profiles(work: Work, recipe: Recipe, folder: Path) -> Profiles:
     """Mean squared output gradients of every layer by position, from one backward walk."""
-    ids, need = _windows(work, recipe), Gradient()
+    ids = _windows(work, recipe)
     found: dict[str, Tensor] = {}
 
     def visit(block: Observed) -> None:
-        block.observe([need])
+        block.observe([Gradient()])
         for name, layer in block.layers.items():
-            stat = layer.stats[need]
-            assert isinstance(stat, Gradient), type(stat)
-            profile = stat.profile()
+            profile = gradient(layer).profile()
             if profile is not None:
                 found[name] = profile.cpu()
 
+    def report(done: Progress) -> None:
+        work.show("profile", done)
+
     tape = open_tape(work.model, ids, device=work.device, folder=folder, where=work.activations)
-    try:
-        backward_walk(
-            work.model,
-            tape,
-            ids,
-            visit,
-            seed=recipe.seed,
-            report=lambda done: work.show("profile", done),
-        )
-    finally:
-        tape.close()
+    backward_walk(work.model, tape, ids, visit, seed=recipe.seed, report=report)
     return Profiles(ids.shape[1], found)
-
-
-def profiles_of(scores: Scores | None) -> Profiles | None:
-    """The profiles that came with the scores, if they have any."""
-    if scores is None or not scores.profiles:
-        return None
-    tensors = {name: torch.tensor(row) for name, row in scores.profiles.items()}
-    return Profiles(scores.window, tensors)
 
 
 def _windows(work: Work, recipe: Recipe) -> Tensor:

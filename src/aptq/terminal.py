@@ -1,21 +1,10 @@
 """What people see: progress on stderr, tables on stdout."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import Any, Self
 
+from rich import progress
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
@@ -38,28 +27,23 @@ class Display:
     def __init__(self, *, quiet: bool) -> None:
         self.quiet = quiet
         self.console = Console(stderr=True)
-        self.progress = Progress(
-            TextColumn("{task.description:<14}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+        self.progress = progress.Progress(
+            progress.TextColumn("{task.description:<14}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TimeElapsedColumn(),
+            progress.TextColumn("left"),
+            progress.TimeRemainingColumn(),
             console=self.console,
             disable=quiet,
         )
-        self.tasks: dict[str, TaskID] = {}
+        self.tasks: dict[str, progress.TaskID] = {}
 
     def __enter__(self) -> Self:
         self.progress.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.progress.stop()
 
     def __call__(self, event: Step | str) -> None:

@@ -1,7 +1,5 @@
 """What the steps of one call share, and what they tell whoever waits for them."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field

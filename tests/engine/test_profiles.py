@@ -12,7 +12,7 @@ from torch import Tensor
 from aptq.core.grid import Grid
 from aptq.core.plan import Plan
 from aptq.core.profile import Profiles, row_weights
-from aptq.engine import block as block_module
+from aptq.engine import stream as stream_module
 from aptq.engine.backward import Observed, backward_walk
 from aptq.engine.block import Block
 from aptq.engine.stat import Seen, Stat
@@ -182,7 +182,7 @@ def test_memory_of_own_statistics_counts_once_a_layer(
 ) -> None:
     """q and k (v is kept), o, gate and up, down: 2 + 1 + 2 + 1 sums of 1, at most 3 at a time."""
     block = opened("llama", tmp_path, None, windows())
-    monkeypatch.setattr(block_module, "free_bytes", lambda device: 6)
+    monkeypatch.setattr(stream_module, "free_bytes", lambda device: 6)
     slices = block._slices(block.groups, [Spy()])
     assert [len(groups) for groups in slices] == [2, 2]
     slices = block._slices(block.groups, [Spy(own=False)])

@@ -331,7 +331,7 @@ def test_only_named_layers_are_scored(folder: Path, tmp_path: Path) -> None:
         everything.losses["model.layers.1.mlp.down_proj"]
     )
     with pytest.raises(ValueError, match="nothing to measure"):
-        replace(on, names=frozenset({"lm_head"}))
+        replace(on, names=frozenset({"lm_head.weight"}))
     with pytest.raises(ValueError, match="nothing to measure"):
         replace(on, targets=(Target(), Target.parse("bf16")))
 

@@ -17,11 +17,7 @@ from aptq.cli.looking import evaluate, generate, info, list_methods
 
 __all__ = ["app", "exit_code", "main"]
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(compress)
 app.command()(measure)
 app.command()(plan)

@@ -4,8 +4,6 @@ Exit codes: 1 defect of the program, 2 bad input, 3 no plan fits, 4 memory or di
 under --strict, 6 damaged checkpoint, 130 interrupted.  An error is three lines, without traceback.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import traceback

@@ -89,11 +89,7 @@ def measure(
 
         quiet_libraries()
         chosen = Recipe.load(recipe).adapt(
-            keep=tuple(keep or ()),
-            source=data,
-            samples=samples,
-            length=length,
-            seed=seed,
+            keep=tuple(keep or ()), source=data, samples=samples, length=length, seed=seed
         )
         with Display(quiet=as_json) as display:
             scores = pipeline.measure(

@@ -4,8 +4,6 @@ Eight codes of b bits fill exactly b bytes.  Such an octet is moved as one 64-bi
 steps that halve (or double) the gaps between neighbours, so the work is the same for all b.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Budget: how small a plan has to be, and its text forms: 3.5bpw, 110MB, fits 8GiB @ 8192."""
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import dataclass
@@ -18,9 +16,7 @@ FITS = re.compile(r"fits\s+(?P<size>.+?)\s*@\s*(?P<context>[0-9]+)(?:\s*x\s*(?P<
 class Budget:
     """Limits that all have to hold; a field that is None limits nothing."""
 
-    bpw: float | None = (
-        None  # bits for each weight of the blocks' linears, all stored bytes counted
-    )
+    bpw: float | None = None  # bits for each weight of the blocks' linears, all bytes counted
     nbytes: int | None = None  # sum of the files of the checkpoint
     device_bytes: int | None = None  # memory that weights, cache and work must fit in when it runs
     context: int = 0  # tokens of a sequence in that memory
@@ -28,7 +24,7 @@ class Budget:
     loss: float | None = None  # quality floor, nats per token: the smallest plan not above it
 
     @classmethod
-    def parse(cls, text: str) -> Budget:
+    def parse(cls, text: str) -> "Budget":
         """Read "4bpw", "4.2GiB", "fits 8GiB @ 8192x1" or "0.05nats", or several joined by "&".
 
         Raises ValueError for anything else, and for two limits of one kind.
@@ -42,7 +38,7 @@ class Budget:
         return cls(**fields)  # type: ignore[arg-type]  # integers where _fields says so
 
     @classmethod
-    def parse_list(cls, text: str) -> tuple[Budget, ...]:
+    def parse_list(cls, text: str) -> tuple["Budget", ...]:
         """Several budgets, separated by commas.  Raises ValueError as parse, or for one twice."""
         found = tuple(cls.parse(piece) for piece in text.split(","))
         if len(set(found)) < len(found):

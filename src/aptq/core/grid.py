@@ -1,7 +1,5 @@
 """Grid: the values a weight may take, its exact size in bytes, and its text form "int4-g64-z"."""
 
-from __future__ import annotations
-
 import difflib
 import math
 import re
@@ -108,7 +106,7 @@ class Grid:
         return f"{self.element}-{group}{ZERO_SUFFIX[self.zero]}{scale}"
 
     @classmethod
-    def parse(cls, text: str) -> Grid:
+    def parse(cls, text: str) -> "Grid":
         """The inverse of str(grid).  Raises ValueError with close matches."""
         if text == "bf16":
             return cls(element="bf16")

@@ -1,7 +1,5 @@
 """Bounds and greedy choices for reduced problems: convex hulls, prices, and filling of slack."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise

@@ -5,8 +5,6 @@ TurboBoA (arXiv:2602.04929): N rows at a time.  N = 1 is exact OBS on the Kronec
 size of a head is plain GPTQ.  Rows of different heads are independent and run in parallel.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

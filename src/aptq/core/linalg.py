@@ -4,8 +4,6 @@ With J the reversal of rows, J H J = L L^T gives U = J L^-1 J, upper, with H^-1 
 Cholesky and one triangular inverse, and the ill-conditioned inverse itself is never formed.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

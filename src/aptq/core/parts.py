@@ -1,7 +1,5 @@
 """Parts: a compressed weight is a sum of these.  They know their tensors, never a method."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NoReturn, Protocol, Self
@@ -49,7 +47,7 @@ class Quantized:
     shape: tuple[int, int]
 
     @classmethod
-    def make(cls, codes: Tensor, scales: Scales, grid: Grid) -> Quantized:
+    def make(cls, codes: Tensor, scales: Scales, grid: Grid) -> "Quantized":
         """Pack codes uint8 [out, in] (one per byte) and their scales."""
         zero = scales.zero
         if zero is not None:

@@ -1,7 +1,5 @@
 """Plan: which grid every linear gets, and what that costs exactly."""
 
-from __future__ import annotations
-
 import difflib
 import fnmatch
 import json
@@ -53,7 +51,7 @@ class Target:
         return "+".join(str(part.grid) for part in self.parts) or KEEP
 
     @classmethod
-    def parse(cls, text: str) -> Target:
+    def parse(cls, text: str) -> "Target":
         """The inverse of str(target).  Raises ValueError."""
         if text == KEEP:
             return cls()
@@ -74,7 +72,7 @@ class Plan:
     @classmethod
     def uniform(
         cls, shapes: Mapping[str, tuple[int, int]], grid: Grid, keep: Sequence[str] = ()
-    ) -> Plan:
+    ) -> "Plan":
         """One grid for all layers but those that match a glob pattern of keep.
 
         Raises ValueError if a pattern matches no layer.
@@ -107,10 +105,7 @@ class Plan:
                 _unknown(f"the plan lacks layer {name!r} of the model", name, self.targets)
 
     def nbytes(
-        self,
-        shapes: Mapping[str, tuple[int, int]],
-        itemsize: int = 2,
-        outer: Collection[str] = (),
+        self, shapes: Mapping[str, tuple[int, int]], itemsize: int = 2, outer: Collection[str] = ()
     ) -> int:
         """Bytes stored for all layers of the plan but those in `outer`.
 
@@ -126,10 +121,7 @@ class Plan:
         return total
 
     def bits(
-        self,
-        shapes: Mapping[str, tuple[int, int]],
-        itemsize: int = 2,
-        outer: Collection[str] = (),
+        self, shapes: Mapping[str, tuple[int, int]], itemsize: int = 2, outer: Collection[str] = ()
     ) -> float:
         """Stored bits for each weight, over the layers that nbytes counts, kept ones included."""
         total = self.nbytes(shapes, itemsize, outer)
@@ -144,7 +136,7 @@ class Plan:
         return {"grids": grids, "targets": {name: index[text] for name, text in texts.items()}}
 
     @classmethod
-    def from_json(cls, data: object) -> Plan:
+    def from_json(cls, data: object) -> "Plan":
         """The inverse of to_json (made_by is not part of it).  Raises ValueError."""
         fields = _closed(data, {"grids": list, "targets": dict})
         grids, targets = fields["grids"], fields["targets"]
@@ -165,7 +157,7 @@ class Plan:
         Path(path).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Plan:
+    def load(cls, path: str | os.PathLike[str]) -> "Plan":
         """Read what save wrote.  Raises ValueError that names the file."""
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))

@@ -4,8 +4,6 @@ A multiple-choice knapsack: minimise sum_u loss[u, c_u] subject to sum_u cost_r[
 (with a floor: minimise sum_u cost_0 subject to sum_u loss <= floor and the other limits).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ The squared output gradient falls by orders of magnitude over the first tokens o
 then nearly flat, so positions are binned by powers of two: [0], [1], [2, 3], [4..7], ...
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import NamedTuple
 

@@ -4,8 +4,6 @@ Arithmetic is float32; scales (and float zeros) are rounded to their stored dtyp
 is computed, so what is simulated is what is stored.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, cast
 

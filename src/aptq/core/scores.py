@@ -1,7 +1,5 @@
 """Scores: the damage that every candidate target is predicted to do to every layer, with units."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math
@@ -95,7 +93,7 @@ class Scores:
                 f"scores: {len(self.losses)} layers, model: {len(known)}\n{closest(name, known)}"
             )
 
-    def merge(self, other: Scores) -> Scores:
+    def merge(self, other: "Scores") -> "Scores":
         """Both tables in one: the same layers with other candidates, or other layers.
 
         A factor remains only if both have the same.  Raises ValueError where measure, unit or
@@ -135,7 +133,7 @@ class Scores:
         Path(path).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Scores:
+    def load(cls, path: str | os.PathLike[str]) -> "Scores":
         """Read what save wrote.  Raises ValueError that names the file."""
         try:
             return cls._read(json.loads(Path(path).read_text(encoding="utf-8")))
@@ -145,7 +143,7 @@ class Scores:
             raise ValueError(f"not scores: {path}\n{reason}\n{way_out}") from error
 
     @classmethod
-    def _read(cls, data: Any) -> Scores:
+    def _read(cls, data: Any) -> "Scores":
         keys = {"version", *(item.name for item in dataclasses.fields(cls))}
         if not isinstance(data, dict) or data.keys() != keys:
             found = sorted(map(str, data)) if isinstance(data, dict) else type(data).__name__

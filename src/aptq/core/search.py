@@ -3,8 +3,6 @@
 Tensors add up; headers and lists of a checkpoint do not, and only `Room.size` knows them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple

@@ -4,8 +4,6 @@ Rows do not influence each other and share the factor, so all candidates of a la
 than one: a sweep's time is its number of columns, not its number of rows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

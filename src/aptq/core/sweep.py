@@ -6,8 +6,6 @@ becomes w_k - sum_{j<k} r_j U[j, k] / U[j, j], which minimises tr(E H E^T) over 
 work is matrix products, and a segment sees fully compensated weights when it begins.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate

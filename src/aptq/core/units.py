@@ -1,7 +1,5 @@
 """From layers, scores and wishes to the units that an allocator decides about."""
 
-from __future__ import annotations
-
 import fnmatch
 import math
 import re

@@ -1,7 +1,5 @@
 """Block: one transformer block in memory, its layers, and the statistics of their inputs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Literal, NamedTuple
@@ -16,7 +14,7 @@ from aptq.engine.heap import trim_heap
 from aptq.engine.layer import Layer
 from aptq.engine.origin import Origin
 from aptq.engine.stat import Seen, Stat
-from aptq.engine.stream import Stream, free_bytes
+from aptq.engine.stream import Stream, sliced
 from aptq.engine.weighting import Weighting
 from aptq.model.layout import ResolvedGroup
 from aptq.model.normalise import Experts
@@ -113,19 +111,14 @@ class Block:
     def _slices(
         self, groups: Sequence[ResolvedGroup], needs: Sequence[Stat]
     ) -> list[list[ResolvedGroup]]:
-        """Cut `groups` so that one slice's sums take at most half of the free memory."""
-        limit, used = free_bytes(self.stream.device) // 2, 0
-        slices: list[list[ResolvedGroup]] = [[]]
-        for group in groups:
+        """Cut `groups` so that the sums of one slice fit in memory."""
+
+        def sums(group: ResolvedGroup) -> int:
             columns = self.linears[next(iter(group.layers.values()))].in_features
             layers = len(self.open_layers(group))
-            size = sum(need.nbytes(columns) * (layers if need.own else 1) for need in needs)
-            if slices[-1] and used + size > limit:
-                slices.append([])
-                used = 0
-            slices[-1].append(group)
-            used += size
-        return slices
+            return sum(need.nbytes(columns) * (layers if need.own else 1) for need in needs)
+
+        return sliced(groups, sums, self.stream.device)
 
     def _observe(self, groups: Sequence[ResolvedGroup], needs: Sequence[Stat]) -> None:
         """One forward pass over all windows that shows `needs` the inputs of `groups`."""

@@ -4,8 +4,6 @@ glibc keeps freed tensors of up to 32 MiB in heaps that become fragmented: a pea
 number of blocks although the living tensors stayed the same (docs/log.md has the figures).
 """
 
-from __future__ import annotations
-
 import ctypes
 import platform
 

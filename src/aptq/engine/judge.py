@@ -4,8 +4,6 @@ Two walks with one block in memory, then the model's own tail on both last hidde
 relative scores get a unit (fit_factor), and a ranking is held against its reverse (validity).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -106,7 +104,8 @@ def fit_factor(subject: Subject, scores: Scores, windows: int = 8) -> Scores:
     predicted loss, the residual the root mean square of what is left.  Unchanged if fewer than
     two of the plans have a positive loss, as in a table that does not depend on the candidate.
     """
-    subject = replace(subject, ids=subject.ids[:windows], profiles=_profiles(subject, scores))
+    profiles = subject.profiles or profiles_of(scores)
+    subject = replace(subject, ids=subject.ids[:windows], profiles=profiles)
     ranked = [number for number in subject.ranked() if not exact(subject.targets[number])]
     chosen = dict.fromkeys((ranked[0], ranked[len(ranked) // 2], ranked[-1]))
     logs, original = [], reference(subject)
@@ -123,11 +122,12 @@ def fit_factor(subject: Subject, scores: Scores, windows: int = 8) -> Scores:
     return replace(scores, factor=math.exp(mean), residual=residual)
 
 
-def _profiles(subject: Subject, scores: Scores) -> Profiles | None:
-    if subject.profiles is None and scores.profiles:
-        held = {name: torch.tensor(row) for name, row in scores.profiles.items()}
-        return Profiles(scores.window, held)
-    return subject.profiles
+def profiles_of(scores: Scores | None) -> Profiles | None:
+    """The profiles that came with the scores, if they have any."""
+    if scores is None or not scores.profiles:
+        return None
+    tensors = {name: torch.tensor(row) for name, row in scores.profiles.items()}
+    return Profiles(scores.window, tensors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,9 +160,9 @@ def validity(
     Layers are ranked by the loss that the largest candidate saves over the smallest, per weight
     unless the table's numbers are so already, as those of `trace` are.
     """
-    ranked, names = subject.ranked(), sorted(subject.names)
+    ranked, names = subject.ranked(), sorted(subject.names - {*subject.outside})
     low, high = subject.targets[ranked[0]], subject.targets[ranked[-1]]
-    subject = replace(subject, profiles=_profiles(subject, scores))
+    subject = replace(subject, profiles=subject.profiles or profiles_of(scores))
     weights = {name: math.prod(subject.model.shapes[name]) for name in names}
 
     def worth(name: str) -> float:

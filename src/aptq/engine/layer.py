@@ -1,7 +1,5 @@
 """Layer: one linear on its way from weight to parts."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -22,9 +20,8 @@ class Layer:
     target: Target
     stats: dict[Stat, Stat] = field(default_factory=dict)
     parts: list[Part] = field(default_factory=list)
-    counts: dict[str, float] = field(
-        default_factory=dict
-    )  # what a stage reports: damping, fallbacks, dead columns
+    # what a stage reports: damping, fallbacks, dead columns
+    counts: dict[str, float] = field(default_factory=dict)
     profile: Tensor | None = None  # [bins] mean squared output gradient by position, if measured
     window: int = 0  # tokens of a window that `profile` was measured on
 

@@ -4,9 +4,6 @@ The model that they see is the uncompressed one, one block in memory: forward, o
 output gradients are asked for.
 """
 
-from __future__ import annotations
-
-import time
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,13 +12,13 @@ from torch import Tensor
 
 from aptq.core.scores import Scores
 from aptq.engine.backward import Labels, Observed, backward_walk
-from aptq.engine.heap import trim_heap
 from aptq.engine.layer import Layer
 from aptq.engine.measure import Findings, Measure, Subject, errors
+from aptq.engine.outer_fisher import OuterFisher
 from aptq.engine.stat import Stat
-from aptq.engine.stream import free_bytes
+from aptq.engine.stream import sliced
 from aptq.engine.tape import open_tape
-from aptq.engine.walk import Progress
+from aptq.engine.walk import reported
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +52,7 @@ class Local(Measure):
 
     def run(self, subject: Subject) -> Scores:
         """One walk over the blocks."""
+        self.check(subject.outside)
         found = Findings()
         if self.backward:
             self._backward(subject, found)
@@ -65,8 +63,7 @@ class Local(Measure):
     def _forward(self, subject: Subject, found: Findings) -> None:
         model, stream = subject.model, subject.stream()
         needs = tuple(dict.fromkeys((*self.needs(), *subject.needs())))
-        for index in range(model.blocks):
-            began = time.perf_counter()
+        for index in reported(range(model.blocks), model.blocks, subject.report):
             block = subject.block(index, stream)
             for group in block.groups:
                 layers = block.open_layers(group)
@@ -77,13 +74,11 @@ class Local(Measure):
                 stream.advance(index, block.module)
             model.unload(index)
             del block  # before the next one is loaded
-            trim_heap()
-            if subject.report is not None:
-                subject.report(Progress(index, model.blocks, time.perf_counter() - began))
         stream.close()
 
     def _backward(self, subject: Subject, found: Findings) -> None:
         model, ids = subject.model, subject.ids
+        ends = OuterFisher(subject, found) if subject.outside else None
         tape = open_tape(
             model, ids, device=subject.device, folder=subject.folder, where=subject.where
         )
@@ -93,8 +88,9 @@ class Local(Measure):
             if layers:
                 self._visit(subject, block, layers, found)
 
+        report, seed = subject.report, subject.seed
         backward_walk(
-            model, tape, ids, visit, labels=self.loss, seed=subject.seed, report=subject.report
+            model, tape, ids, visit, labels=self.loss, seed=seed, report=report, ends=ends
         )
 
     def _visit(
@@ -109,10 +105,14 @@ class Local(Measure):
                 found.profiles[layer.name] = layer.profile.cpu()
         if late:
             block.observe(late, layers)
-        for some in self._slices(subject, layers) if self.twice else [layers]:
+
+        def held(layer: Layer) -> int:
+            return layer.weight.nbytes * len(subject.targets)
+
+        for some in sliced(layers, held, subject.device) if self.twice else [layers]:
             if self.twice:
                 changes = {x.name: list(errors(x, subject.targets, subject.stages)) for x in some}
-                block.observe({name: [self.watch(held)] for name, held in changes.items()}, some)
+                block.observe({name: [self.watch(dWs)] for name, dWs in changes.items()}, some)
                 del changes
             self._score(subject, some, found)
 
@@ -125,16 +125,3 @@ class Local(Measure):
             for stat in layer.stats.values():
                 stat.forget()
             layer.stats.clear()
-
-    def _slices(self, subject: Subject, layers: Sequence[Layer]) -> list[list[Layer]]:
-        """Cut `layers` so that one slice's errors take at most half of the free memory."""
-        limit, used = free_bytes(subject.device) // 2, 0
-        slices: list[list[Layer]] = [[]]
-        for layer in layers:
-            size = layer.weight.nbytes * len(subject.targets)
-            if slices[-1] and used + size > limit:
-                slices.append([])
-                used = 0
-            slices[-1].append(layer)
-            used += size
-        return slices

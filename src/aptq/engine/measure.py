@@ -4,8 +4,6 @@ The error dW = Q - W of a candidate is made by the recipe's own stages, from the
 that they will compress with; a loss of a plan is the sum of its layers' losses.
 """
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -46,14 +44,20 @@ class Subject:
     order: Order = "block"  # of the walk that judges whole plans
 
     def __post_init__(self) -> None:
-        unknown = sorted(self.names - self.model.shapes.keys())
+        known = self.model.shapes.keys() | self.model.outer_shapes.keys()
+        unknown = sorted(self.names - known)
         if unknown or not self.names or all(exact(target) for target in self.targets):
             raise ValueError(
                 "there is nothing to measure\n"
                 f"{len(self.names)} layers ({len(unknown)} unknown: {', '.join(unknown[:3])}), "
                 f"candidates {', '.join(map(str, self.targets)) or 'none'}\n"
-                "give layers inside the blocks and a candidate below 16 bits"
+                "give layers of the model and a candidate below 16 bits"
             )
+
+    @property
+    def outside(self) -> list[str]:
+        """Those to score that lie outside the blocks."""
+        return [name for name in self.model.outer_shapes if name in self.names]
 
     def plan(self, target: Target, others: Mapping[str, Target] | None = None) -> Plan:
         """`target` for all layers to score but the `others`; what is not scored is kept."""
@@ -62,8 +66,8 @@ class Subject:
 
     def ranked(self) -> list[int]:
         """Numbers of the candidates from the smallest to the largest."""
-        size = self.model.dtype.itemsize
-        shapes = [self.model.shapes[name] for name in sorted(self.names)]
+        size, known = self.model.dtype.itemsize, {**self.model.shapes, **self.model.outer_shapes}
+        shapes = [known[name] for name in sorted(self.names)]
         costs = [sum(target.nbytes(shape, size) for shape in shapes) for target in self.targets]
         return sorted(range(len(costs)), key=costs.__getitem__)
 
@@ -156,7 +160,8 @@ class Findings:
         windows, length = subject.ids.shape
         tokens = torch.tensor([(windows + 1) // 2, windows // 2], dtype=torch.float64) * length
         losses, noise = {}, {}
-        for name in (name for name in subject.model.shapes if name in self.sums):
+        known = (*subject.model.shapes, *subject.model.outer_shapes)
+        for name in (name for name in known if name in self.sums):
             sums = self.sums[name]
             means = sums / tokens[: len(sums), None].clamp(min=1)
             spread = (means[0] - means[-1]).abs() / 2 * (windows > 1)
@@ -171,10 +176,20 @@ class Measure(Stage, ABC):
 
     unit: ClassVar[Literal["nats", "relative"]]
     backward: ClassVar[bool] = False  # does it read output gradients, and so finds profiles?
+    outer: ClassVar[bool] = False  # can it score the embedding and the head?
 
     @abstractmethod
     def run(self, subject: Subject) -> Scores:
-        """Score every layer of the subject at every candidate."""
+        """Score every layer of the subject at every candidate.  Raises ValueError as `check`."""
+
+    def check(self, outside: Sequence[str]) -> None:
+        """Raise ValueError where layers `outside` the blocks are asked for and it knows none."""
+        if outside and not self.outer:
+            raise ValueError(
+                f"measure {methods.name_of(type(self))!r} knows layers inside the blocks only\n"
+                f"embedding or head are to be scored too: {', '.join(outside)}\n"
+                "use fisher, or set outer = false"
+            )
 
     def scores(self, subject: Subject, found: Findings) -> Scores:
         """The table of what was found on the windows of the subject."""
@@ -221,6 +236,7 @@ class Rule(Measure):
 
     def run(self, subject: Subject) -> Scores:
         """No data is read."""
+        self.check(subject.outside)
         model, losses = subject.model, {}
         for index in range(model.blocks):
             for group in model.groups(index):

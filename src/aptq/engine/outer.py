@@ -9,8 +9,6 @@ model predicts tokens as often as they are counted, so all rows share H + s I.  
 s; here both sides get the same trace, which is an assumption and not a measurement.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from aptq.engine.layer import Layer
 from aptq.engine.stage import Stage
 from aptq.engine.stat import Seen, Stat
 from aptq.engine.stream import Stream, Where, open_stream
+from aptq.engine.tail import replaced
 from aptq.model.model import Model
 
 # Weights compressed at once (128 MiB of float32; a sweep holds about four times that): a
@@ -73,7 +72,7 @@ class Outer:
             share = self._show_head_inputs(stream, stats)
             stream.close()
         rows = torch.eye(self.model.outer_shapes[name][1], device=self.device) * share**0.5
-        _show(rows, stats)
+        show(rows, stats)
         self._compress(name, "embed", stats)
         self.model.replace_outer({name: self.parts[name]})
 
@@ -100,9 +99,8 @@ class Outer:
     def _start(self, name: str) -> dict[Stat, Stat]:
         """Empty sums of all that the stages need; none for a 16-bit target, which asks nothing."""
         columns = self.model.outer_shapes[name][1]
-        needs = dict.fromkeys(need for stage in self.stages for need in stage.needs())
         dense = _is_dense(self.targets[name])
-        return {} if dense else {need: need.start(columns, self.device) for need in needs}
+        return {} if dense else start(self.stages, columns, self.device)
 
     def _show_head_inputs(self, stream: Stream, stats: Mapping[Stat, Stat]) -> float:
         """Show what the head is given behind `stream`; the sum of squares of a mean column."""
@@ -111,28 +109,26 @@ class Outer:
         for start in range(0, len(stream.hidden), stream.batch):
             x = head_inputs(self.model, stream.hidden[start : start + stream.batch])
             rows, columns = x.reshape(-1, x.shape[-1]), x.shape[-1]
-            _show(rows, stats)
+            show(rows, stats)
             total += float(rows.float().square().sum(dtype=torch.float64))
         self.model.unload_outer()
         return total / columns
 
     def _compress(self, name: str, role: str, stats: Mapping[Stat, Stat]) -> None:
         """Run the stages on the layer, slice by slice, and keep what they made."""
-        self.model.load_outer()
-        weight = self.model.skeleton.get_parameter(f"{name}.weight").detach()
-        self.model.unload_outer()
-        step = max(1, SLICE // weight.shape[1] // 8) * 8  # so that packed zeros begin at a byte
         pieces: list[list[Part]] = []
         counts: dict[str, float] = {}
         sums = torch.zeros(2, dtype=torch.float64)
-        for rows in weight.split(step):
+        slices = weight_slices(self.model, name)
+        for rows in slices:
             layer = self._slice(name, role, rows.to(self.device), stats)
             squares = (layer.residual().square(), layer.weight.square())
             sums += torch.stack([x.sum(dtype=torch.float64) for x in squares]).cpu()
             counts |= {key: max(value, counts.get(key, 0)) for key, value in layer.counts.items()}
             pieces.append(layer.parts)
         self.parts[name] = tuple(_joined(some) for some in zip(*pieces, strict=True))
-        sizes = {"weights": weight.numel(), "before": weight.nbytes}
+        sizes = {"weights": sum(rows.numel() for rows in slices)}
+        sizes["before"] = sum(rows.nbytes for rows in slices)
         sizes["after"] = sum(part.nbytes for part in self.parts[name])
         found = {"name": name, "role": role, "grid": str(self.targets[name]), **sizes}
         error = float(sums[0] / sums[1].clamp(min=1e-300))
@@ -168,27 +164,36 @@ def head_inputs(model: Model, hidden: Tensor) -> Tensor:
         found.append(x)
         return x[..., :1]
 
-    blocks = list(model.skeleton.get_submodule(model.arch.blocks).children())
-    for block in blocks:
-        block.forward = lambda *_args, **_kwargs: hidden
-    head.forward = capture
+    blocks = model.skeleton.get_submodule(model.arch.blocks).children()
     ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
-    try:
-        with torch.inference_mode():
-            model.skeleton(input_ids=ids, use_cache=False)
-    finally:
-        for module in [*blocks, head]:
-            del module.__dict__["forward"]
+    inside = replaced(blocks, lambda *_args, **_kwargs: hidden)
+    with torch.inference_mode(), inside, replaced([head], capture):
+        model.skeleton(input_ids=ids, use_cache=False)
     assert len(found) == 1, f"the head ran {len(found)} times"
     return found[0]
 
 
-def _show(x: Tensor, stats: Mapping[Stat, Stat]) -> None:
+def show(x: Tensor, stats: Mapping[Stat, Stat]) -> None:
     """Show rows x [rows, in], each a window of its own, all of weight 1."""
     position = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     weight = torch.ones(len(x), device=x.device)
     for stat in stats.values():
         stat.update(Seen(x, position, 1, weight=weight))
+
+
+def start(stages: Sequence[Stage], columns: int, device: torch.device) -> dict[Stat, Stat]:
+    """Empty sums of all that the stages need for a layer of this width."""
+    needs = dict.fromkeys(need for stage in stages for need in stage.needs())
+    return {need: need.start(columns, device) for need in needs}
+
+
+def weight_slices(model: Model, name: str) -> tuple[Tensor, ...]:
+    """The weight of an outer layer on the CPU, in the rows [n, in] that stages see at once."""
+    model.load_outer()
+    weight: Tensor = model.skeleton.get_parameter(f"{name}.weight").detach()
+    model.unload_outer()
+    step = max(1, SLICE // weight.shape[1] // 8) * 8  # so that packed zeros begin at a byte
+    return torch.split(weight, step)
 
 
 def _is_dense(target: Target) -> bool:

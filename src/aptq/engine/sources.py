@@ -4,8 +4,6 @@ A source gives documents or ready token ids.  `check` reads only its beginning, 
 is refused before a model or a tokenizer is loaded.
 """
 
-from __future__ import annotations
-
 import codecs
 import json
 from collections.abc import Iterator

@@ -3,8 +3,6 @@
 A subclass is a frozen dataclass of options with one hook overridden.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 

@@ -7,7 +7,7 @@ it, and (after `start`) the running sums of one group, or of one layer if it is 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 import torch
@@ -21,9 +21,7 @@ class Seen(NamedTuple):
     """What a Stat is shown for one batch of one group, or of one layer if it is `own`."""
 
     x: Tensor  # [rows, in] input rows in the model's dtype
-    position: (
-        Tensor | None
-    )  # [rows] int64: index of each row's token in its window; None = rows are not tokens
+    position: Tensor | None  # [rows] int64: each row's token in its window; None = no tokens
     length: int  # tokens in a window
     half: Tensor | None = None  # [rows] int64: parity of the row's window, for split-half noise
     original: Tensor | None = None  # [rows, in] the same rows in the uncompressed model
@@ -36,6 +34,8 @@ class Seen(NamedTuple):
 @dataclass(frozen=True, kw_only=True)
 class Stat(ABC):
     """Base of all statistics: sums over batches, so that batches may be merged in any grouping."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def own(self) -> bool:
@@ -70,18 +70,33 @@ class Stat(ABC):
     def update(self, seen: Seen) -> None:
         """Add one batch."""
 
-    @abstractmethod
     def merge(self, other: Self) -> None:
         """Add the sums of another worker, in place."""
+        for name, value in other.sums.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
 
-    @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
         """The sums by name, for storing and for moving between machines."""
+        return dict(self.sums)
 
-    @abstractmethod
-    def forget(self) -> None:
+    def forget(self) -> None:  # noqa: B027  # most keep nothing of the kind
         """Drop what was derived from the sums; the group's layers are done for now."""
 
     @abstractmethod
     def nbytes(self, columns: int) -> int:
         """Memory of the sums for inputs of width `columns`; collection is sliced by it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientStat(Stat):
+    """Base of those that read the gradient of a layer's output: only the backward walk has it."""
+
+    @property
+    def own(self) -> bool:
+        """Every layer has an output."""
+        return True
+
+    @property
+    def gradient(self) -> bool:
+        """Yes."""
+        return True

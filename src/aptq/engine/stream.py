@@ -4,12 +4,10 @@ They live on the device while they are small, else in a memory-mapped file: its 
 out by the system under pressure, so peak memory does not grow with the number of windows.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import psutil
 import torch
@@ -20,6 +18,7 @@ from aptq.model.dry import Call, record
 from aptq.model.model import Model
 
 Where = Literal["auto", "memory", "disk"]
+T = TypeVar("T")
 
 
 def batch_windows(length: int, device: torch.device) -> int:
@@ -32,6 +31,19 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return int(psutil.virtual_memory().available)
+
+
+def sliced(items: Iterable[T], size: Callable[[T], int], device: torch.device) -> list[list[T]]:
+    """Cut `items` of some bytes each so that one slice takes at most half of the free memory."""
+    limit, used = free_bytes(device) // 2, 0
+    slices: list[list[T]] = [[]]
+    for item in items:
+        if slices[-1] and used + size(item) > limit:
+            slices.append([])
+            used = 0
+        slices[-1].append(item)
+        used += size(item)
+    return slices
 
 
 @dataclass
@@ -64,7 +76,7 @@ class Stream:
                 self.hidden[windows] = call.run(block).to(self.hidden.device)
         self.calls[index] = {}
 
-    def twin(self) -> Stream:
+    def twin(self) -> "Stream":
         """A copy that advances by itself: in memory, or in a file beside the one of this stream."""
         if self.file is None:
             held, file = self.hidden.clone(), None

@@ -3,12 +3,11 @@
 The logits of all tokens of a large vocabulary do not fit in memory: they are made in pieces.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aptq.model.model import Model
 
@@ -32,20 +31,24 @@ def logits(model: Model, hidden: Tensor, ids: Tensor) -> Tensor:
     `ids` [batch, length] are only embedded, for the model's code starts there; nothing else mixes
     positions.  The outer weights must be loaded (Model.load_outer).
     """
-    blocks = list(model.skeleton.get_submodule(model.arch.blocks).children())
     held = hidden.clone()  # the model may write into what a block returns
-
-    def forward(*_: object, **__: object) -> Tensor:
-        return held
-
-    for block in blocks:
-        block.forward = forward
-    try:
+    blocks = model.skeleton.get_submodule(model.arch.blocks).children()
+    with replaced(blocks, lambda *_args, **_kwargs: held):
         output: Tensor = model.skeleton(input_ids=ids, use_cache=False).logits
-    finally:
-        for block in blocks:
-            del block.__dict__["forward"]
     return output
+
+
+@contextmanager
+def replaced(modules: Iterable[nn.Module], forward: Callable[..., Tensor]) -> Iterator[None]:
+    """Modules that run `forward` instead of their own code while it is open."""
+    held = list(modules)
+    for module in held:
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module in held:
+            del module.__dict__["forward"]
 
 
 def sample(logits: Tensor, chance: Tensor) -> Tensor:

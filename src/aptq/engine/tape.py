@@ -4,9 +4,6 @@ They lie in memory while they are small, else in one file a block that is delete
 that peak memory depends neither on the depth nor on the number of windows.
 """
 
-from __future__ import annotations
-
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from aptq.engine.heap import trim_heap
 from aptq.engine.stream import Stream, Where, batch_windows, free_bytes, open_stream, storage
-from aptq.engine.walk import Progress
+from aptq.engine.walk import Progress, reported
 from aptq.model.model import Model
 
 SHARE = 4  # a block's values for autograd take several times those of its plain forward
@@ -108,11 +104,8 @@ def open_tape(
     )
     tape = Tape(stream, folder, where, [Slot(stream.hidden, stream.file)])
     try:
-        for index in range(model.blocks):
-            began = time.perf_counter()
+        for index in reported(range(model.blocks), model.blocks, report):
             _forward(model, tape, index)
-            if report is not None:
-                report(Progress(index, model.blocks, time.perf_counter() - began))
     except BaseException:
         tape.close()
         raise
@@ -128,5 +121,3 @@ def _forward(model: Model, tape: Tape, index: int) -> None:
             output[windows] = call.run(block).to(output.device)
     tape.stream.hidden = output
     model.unload(index)
-    del block  # before the next one is loaded
-    trim_heap()

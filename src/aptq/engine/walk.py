@@ -1,9 +1,7 @@
 """walk: the one loop over blocks.  It knows no method: it loads, lets stages work, and saves."""
 
-from __future__ import annotations
-
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from aptq.core.plan import Plan
@@ -23,6 +21,18 @@ class Progress:
     block: int
     blocks: int
     seconds: float  # of this block
+
+
+def reported(
+    indices: Iterable[int], blocks: int, report: Callable[[Progress], None] | None
+) -> Iterator[int]:
+    """Numbers of blocks; after the work on each one free memory is given back and `report` told."""
+    for index in indices:
+        began = time.perf_counter()
+        yield index
+        trim_heap()
+        if report is not None:
+            report(Progress(index, blocks, time.perf_counter() - began))
 
 
 def walk(
@@ -46,8 +56,7 @@ def walk(
     """
     compares = any(need.compares for stage in stages for need in stage.needs())
     original = stream.twin() if compares else None
-    for index in range(start, model.blocks):
-        began = time.perf_counter()
+    for index in reported(range(start, model.blocks), model.blocks, report):
         module = model.load(index, stream.device)
         name, groups = model.block_name(index), model.groups(index)
         origin = None if original is None else Origin(index, name, module, original)
@@ -62,9 +71,6 @@ def walk(
         sink(block)
         model.unload(index)
         del block, module, origin  # before the next block is loaded
-        trim_heap()
-        if report is not None:
-            report(Progress(index, model.blocks, time.perf_counter() - began))
     if original is not None:
         original.close()
 

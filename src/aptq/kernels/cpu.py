@@ -4,8 +4,6 @@ Only for bfloat16 activations: the float32 and float16 variants are scalar loops
 than a dense layer, measured in float32).
 """
 
-from __future__ import annotations
-
 from functools import cache
 from itertools import pairwise
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Which kernel runs a part: the first of KERNELS that supports it."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

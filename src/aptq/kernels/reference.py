@@ -1,7 +1,5 @@
 """Kernels that keep a part's own storage: the exact one, and one that decodes tile by tile."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Self
@@ -34,7 +32,7 @@ class Kernel(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def prepare(cls, part: Part, dtype: torch.dtype) -> Kernel:
+    def prepare(cls, part: Part, dtype: torch.dtype) -> "Kernel":
         """A kernel for `part`; holds about part.nbytes and no reference to the part."""
 
     @abstractmethod

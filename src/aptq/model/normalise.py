@@ -142,10 +142,7 @@ def _unfuse(module: nn.Module, path: str, model_type: str) -> Experts:
 
 
 def normalise(
-    root: nn.Module,
-    joined: Mapping[str, tuple[str, ...]],
-    config: PreTrainedConfig,
-    path: str = "",
+    root: nn.Module, joined: Mapping[str, tuple[str, ...]], config: PreTrainedConfig, path: str = ""
 ) -> nn.Module:
     """Normalise one block (or any module) in place and return it.
 

@@ -29,12 +29,7 @@ from aptq.model.sources import refuse
 OUTER = -1  # the index under which everything outside the blocks is loaded
 # Buffers that old checkpoints still carry and current modules compute themselves.
 _OBSOLETE = re.compile(r"(rotary_emb\.inv_freq|attn\.bias|attention\.bias|masked_bias)$")
-_FLOATS = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def listed(names: Iterable[str], most: int = 5) -> str:

@@ -1,7 +1,5 @@
 """The model card of a run: what was done, with what, and what it cost, in Markdown."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from aptq.report.summary import Summary, read

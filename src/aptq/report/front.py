@@ -1,7 +1,5 @@
 """The Pareto front of a plan, size against expected loss: as characters and as an HTML file."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Summary of a run folder: one row a role of layers, totals, and the evaluation if there is one."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Iterable

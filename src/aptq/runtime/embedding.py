@@ -1,7 +1,5 @@
 """PackedEmbedding: an embedding whose rows stay packed; TiedHead: a head that reads its parts."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

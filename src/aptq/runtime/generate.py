@@ -1,7 +1,5 @@
 """Token by token generation with a private generator: for `aptq generate` and for sampled data."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

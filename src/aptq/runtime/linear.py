@@ -1,7 +1,5 @@
 """PackedLinear: a linear layer whose weight is a sum of parts and stays packed in memory."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -53,7 +51,7 @@ class PackedLinear(Packed):
         self.register_parameter("bias", fixed)
 
     @classmethod
-    def empty(cls, target: Target, shape: tuple[int, int], bias: Tensor | None) -> PackedLinear:
+    def empty(cls, target: Target, shape: tuple[int, int], bias: Tensor | None) -> "PackedLinear":
         """Without values, on meta: what a checkpoint is loaded into."""
         return cls(empty_parts(target, shape), bias)
 

@@ -1,7 +1,5 @@
 """Load a packed checkpoint as a transformers model, packed or decoded to an ordinary one."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Any model ready to run: a run folder, a checkpoint, or whatever `Model.open` takes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Empty packed modules for a model on meta: what a checkpoint is loaded into."""
 
-from __future__ import annotations
-
 from typing import NoReturn
 
 import torch

@@ -4,8 +4,6 @@ APTQ (arXiv:2402.14866) measures the damage of q, k, v at the attention's output
 J = dy/dW [width, out x in], kept as H_out (x) H_in / tr H per head: inner [in, in], outer [e, e].
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Self

@@ -5,8 +5,6 @@ outer = the same over input columns, for every head.  Sums over tokens and windo
 Derivation: docs of APTQ (arXiv:2402.14866), Gauss-Newton of the attention block's output.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import NamedTuple
 

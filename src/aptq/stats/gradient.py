@@ -4,9 +4,7 @@ They say what an error of the output costs: by the position of its token (the pr
 weights the rows of a Hessian) and by the output row (E[g_j^2], the Fisher weights).
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -14,28 +12,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from aptq.core.profile import bin_of
-from aptq.engine.stat import Seen, Stat
+from aptq.engine.layer import Layer
+from aptq.engine.stat import GradientStat, Seen
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gradient(Stat):
+class Gradient(GradientStat):
     """Sums over tokens for each half of the windows, position bin and output row, in float64.
 
     `sums` is empty until a batch was seen, for only that tells the output's width; then it holds
     square [2, bins, out], count [2, bins] and dropped [].
     """
-
-    sums: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
-
-    @property
-    def own(self) -> bool:
-        """Every layer has an output."""
-        return True
-
-    @property
-    def gradient(self) -> bool:
-        """Only the backward walk has gradients."""
-        return True
 
     def start(self, columns: int, device: torch.device) -> Self:
         """No sums yet."""
@@ -91,18 +78,13 @@ class Gradient(Stat):
         square, count = self.sums["square"], self.sums["count"]
         return (square.sum(0), count.sum(0)) if half is None else (square[half], count[half])
 
-    def merge(self, other: Self) -> None:
-        """Add the sums of another worker."""
-        for name, value in other.sums.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
-
-    def tensors(self) -> dict[str, Tensor]:
-        """square [2, bins, out], count [2, bins], dropped [] float64; nothing without rows."""
-        return dict(self.sums)
-
-    def forget(self) -> None:
-        """Nothing is derived that would be kept."""
-
     def nbytes(self, columns: int) -> int:
         """The sums of a square layer with the bins of 2,048 tokens; others are of this order."""
         return 2 * 12 * 8 * columns
+
+
+def gradient(layer: Layer) -> Gradient:
+    """What a layer has of it."""
+    held = layer.stats[Gradient()]
+    assert isinstance(held, Gradient), type(held)
+    return held

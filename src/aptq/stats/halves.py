@@ -1,7 +1,5 @@
 """HalfHessian: a Hessian of every other window; two of them give the noise of what uses them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -5,8 +5,6 @@ g_t = d(nats of all tokens)/dy_t [out], x_t [in]; sums over tokens or windows of
 of a window.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal, Self
@@ -14,26 +12,15 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-from aptq.engine.stat import Seen, Stat
+from aptq.engine.stat import GradientStat, Seen
 
 
 @dataclass(frozen=True, kw_only=True)
-class Perturbation(Stat):
-    """Sums [2 halves, changes] in float64, products in float32; rows not finite are left out."""
+class Perturbation(GradientStat):
+    """Sums `damage` [2 halves, changes] float64 of float32 products, without rows not finite."""
 
     form: Literal["token", "sequence", "absolute"]
     changes: tuple[Tensor, ...] = field(default=(), compare=False, repr=False)  # dW [out, in]
-    sums: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
-
-    @property
-    def own(self) -> bool:
-        """Changes belong to one layer."""
-        return True
-
-    @property
-    def gradient(self) -> bool:
-        """Only the backward walk has gradients."""
-        return True
 
     def start(self, columns: int, device: torch.device) -> Self:
         """Zero sums for the same changes."""
@@ -65,18 +52,6 @@ class Perturbation(Stat):
         if self.form == "absolute":
             return product.abs().sum(dtype=torch.float64)
         return product.sum(dtype=torch.float64).square()
-
-    def merge(self, other: Self) -> None:
-        """Add the sums of another worker."""
-        for name, value in other.sums.items():
-            self.sums[name] += value
-
-    def tensors(self) -> dict[str, Tensor]:
-        """damage [2, changes], dropped []: float64."""
-        return dict(self.sums)
-
-    def forget(self) -> None:
-        """Nothing is derived from the sums."""
 
     def nbytes(self, columns: int) -> int:
         """The sums; the changes are the caller's."""

@@ -1,7 +1,5 @@
 """Write a checkpoint shard by shard, and read one back without trusting it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +13,7 @@ from aptq.core.plan import Plan
 from aptq.model.model import Model
 from aptq.store.headers import hash_file, misfit, publish, read_specs, spec_of, tensor_chunks
 from aptq.store.manifest import NAME, Manifest, corrupt, read_json
-from aptq.store.predict import (
-    INDEX,
-    Predicted,
-    layer_specs,
-    outline,
-    predict,
-    quantization,
-)
+from aptq.store.predict import INDEX, Predicted, layer_specs, outline, predict, quantization
 
 __all__ = ["Checkpoint", "Predicted", "Writer", "find", "predict"]
 
@@ -90,7 +81,7 @@ class Checkpoint:
     where: dict[str, str]
 
     @classmethod
-    def open(cls, folder: str | Path) -> Checkpoint:
+    def open(cls, folder: str | Path) -> "Checkpoint":
         """Open a checkpoint, or a run folder with one, and check all but the hashes.
 
         Raises ValueError if there is none, Corrupt if files are missing, cut off, of a newer

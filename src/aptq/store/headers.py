@@ -4,8 +4,6 @@ Files are written here, so that predicted and real bytes come from the same code
 only through the safetensors library.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -3,8 +3,6 @@
 So its size is known before the run, and nothing in it is ever used as code, pattern or path.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping
@@ -57,7 +55,7 @@ class Manifest:
         return to_json(data)
 
     @classmethod
-    def read(cls, folder: Path) -> Manifest:
+    def read(cls, folder: Path) -> "Manifest":
         """Read and check aptq.json.  Raises Corrupt for all that is not exactly the schema."""
         path = folder / NAME
         data = read_json(path)

@@ -3,8 +3,6 @@
 The writer works from the same outline, so predicted bytes and real bytes are equal.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import re

@@ -5,8 +5,6 @@ the rounded model, this one that of the original.  Nothing cancels in the sum, s
 bad.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -19,7 +17,7 @@ from aptq.engine.local import Local
 from aptq.engine.measure import Subject
 from aptq.engine.stage import methods
 from aptq.engine.stat import Stat
-from aptq.stats.gradient import Gradient
+from aptq.stats.gradient import Gradient, gradient
 from aptq.stats.perturbation import Perturbation
 
 
@@ -50,9 +48,7 @@ class Delta(Local):
 
     def profile(self, layer: Layer) -> Tensor | None:
         """Mean squared gradient by position, [bins]."""
-        held = layer.stats[Gradient()]
-        assert isinstance(held, Gradient), type(held)
-        return held.profile()
+        return gradient(layer).profile()
 
     def watch(self, changes: Sequence[Tensor]) -> Perturbation:
         """Sums over windows."""

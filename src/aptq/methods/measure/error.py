@@ -4,8 +4,6 @@ dW = Q - W [out, in], H = E[x x^T] [in, in] (arXiv:2210.17323, eq. 1): GPTQ's ow
 does not know what the rest of the model makes of the change.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal

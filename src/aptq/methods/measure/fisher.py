@@ -6,8 +6,6 @@ token: 1/2 sum_t (g_t . dW x_t)^2, without the terms between tokens (ModelOpt's 
 scores the same, by element); row: 1/2 sum_j E[g_j^2] dW_j H dW_j^T, as if g and x were independent.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -21,7 +19,7 @@ from aptq.engine.local import Local
 from aptq.engine.measure import Subject, row_damage
 from aptq.engine.stage import methods
 from aptq.engine.stat import Stat
-from aptq.stats.gradient import Gradient
+from aptq.stats.gradient import Gradient, gradient
 from aptq.stats.hessian import Hessian
 from aptq.stats.perturbation import Perturbation
 
@@ -33,6 +31,7 @@ class Fisher(Local):
 
     unit: ClassVar[Literal["nats", "relative"]] = "nats"
     backward: ClassVar[bool] = True
+    outer: ClassVar[bool] = True  # by rows, whatever the form
 
     form: Literal["token", "sequence", "row"] = "token"  # row: one pass over the data less
     # of the loss: drawn from the model (the Fisher information), or the text's next tokens
@@ -72,10 +71,3 @@ class Fisher(Local):
             return torch.zeros(2, len(subject.targets), dtype=torch.float64)
         H, rows = hessian.matrix(), torch.stack([seen.total(half) for half in (0, 1)])
         return 0.5 * torch.stack([rows @ row_damage(dW, H) for dW in changes], dim=1)
-
-
-def gradient(layer: Layer) -> Gradient:
-    """What a layer has of it."""
-    held = layer.stats[Gradient()]
-    assert isinstance(held, Gradient), type(held)
-    return held

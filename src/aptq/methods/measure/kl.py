@@ -6,8 +6,6 @@ add up as they do at low bits (ExLlamaV3 measures so).  The whole model has to b
 the blocks from the changed one on run again.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
@@ -42,6 +40,7 @@ class KL(Measure):
 
     def run(self, subject: Subject) -> Scores:
         """Layers times candidates evaluations, each of half the model on average."""
+        self.check(subject.outside)
         base, model = self._base(subject), subject.model
         seen = replace(subject, ids=subject.ids[: self.windows])
         _check_room(subject, seen)

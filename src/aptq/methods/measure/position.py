@@ -3,8 +3,6 @@
 The rule of ExLlamaV3 (conversion/allocation.py), made a table: loss = weights * 4^(worth - bits).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from aptq.engine.measure import Rule

@@ -5,8 +5,6 @@ the attention's.  It knows no candidate: the table holds it at all but the large
 0, for a threshold to rank by; times |dW|^2 it is HAWQ-V2's (arXiv:1911.03852), for solvers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal

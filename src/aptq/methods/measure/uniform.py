@@ -1,7 +1,5 @@
 """uniform: loss = weights * 4^-bits, all layers alike: a control without data."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from aptq.engine.measure import Rule

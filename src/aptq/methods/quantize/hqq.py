@@ -5,8 +5,6 @@ the small p forgives outliers.  An error E, penalised by beta/2 |W - (Q - z) s -
 into a shrinkage step for E and a mean for z.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

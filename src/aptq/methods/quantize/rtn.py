@@ -4,8 +4,6 @@ Minimises |W - Q|^2 over Q on the layer's grid for given scales, W, Q [out, in];
 over the range of each group (the "mse" grid of GPTQ's reference code, arXiv:2210.17323).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from aptq.core.parts import part_of
