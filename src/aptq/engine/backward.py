@@ -57,7 +57,7 @@ class Observed(Block):
         return [self.layers[path] for path in group.layers.values()]
 
     def observe(self, needs: Needs, layers: Sequence[Layer] | None = None) -> None:
-        """Fill `layer.stats` in one pass over all windows, backward too where a need reads gradients.
+        """Fill `layer.stats` in a pass over all windows, backward too where a need reads gradients.
 
         `needs`: statistics for all layers (or for `layers` only), or by layer name.  Those that
         read gradients must be `own`.  May be called again: the gradients are the same.
