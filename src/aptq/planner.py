@@ -108,7 +108,8 @@ class Planner:
             linear += options[new].cost[1] - options[old].cost[1]
             loss += options[new].damage - options[old].damage
             square += options[new].noise ** 2 - options[old].noise ** 2
-            path.append((nbytes, linear, max(loss, 0.0), max(square, 0.0)))
+            left = loss if loss > 1e-12 * path[0][2] else 0.0  # below: what subtracting leaves
+            path.append((nbytes, linear, left, max(square, 0.0)))
         headers = first - path[0][0]
         more = (self.size(search.plan(at)) - nbytes - headers) / max(1, len(path) - 1)
         unit = self._nats or 1.0
