@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import common
@@ -28,15 +29,12 @@ def main() -> None:
     results = common.Results.open(
         name, device=options.device, protocol=PROTOCOL, folder=options.results
     )
-    from aptq.core.scores import Scores
-    from aptq.recipe import Recipe
-
-    text = ours.recipe_of(argparse.Namespace(**{**vars(options), "changes": []})).text()
-    head = text[: text.index("[[stage]]")]
-    known = Scores.load(options.scores)
     from aptq import pipeline
+    from aptq.core.scores import Scores
+    from aptq.engine.stage import methods
 
-    recipe = Recipe.parse(head + '[[stage]]\nuse = "rtn"\n', "budgets")
+    known = Scores.load(options.scores)
+    recipe = replace(ours.recipe_of(options), stages=(methods.get("rtn")(),))
     low, high = (
         pipeline.plan(options.model, recipe.adapt(budget=f"{bits}bpw"), scores=known).nbytes
         for bits in (2.1, 8.3)

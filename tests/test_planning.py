@@ -13,7 +13,7 @@ from aptq.effort import effort
 from aptq.engine.data import Data
 from aptq.failures import Infeasible
 from aptq.model.model import Model
-from aptq.planning import blank, candidates, choose, grids, measuring_data, wants_scores
+from aptq.planning import blank, candidates, choose, grids, measuring_data, streams, wants_scores
 from aptq.recipe import Recipe
 from tests.tiny import tiny_model
 
@@ -115,3 +115,9 @@ def test_effort_adds_up_what_the_recipe_does(model: Model, tmp_path: Path) -> No
     longer = needs(wanted.adapt(samples=64))
     assert longer.seconds > found.seconds
     assert longer.disk > found.disk
+
+
+def test_the_originals_stream_is_counted() -> None:
+    """Drift needs the hidden states of the uncompressed model beside those at hand."""
+    assert streams(Recipe.load("aptq")) == 2
+    assert streams(Recipe.load("fast")) == 1

@@ -1,7 +1,7 @@
 """What compressing will take: memory, disk and time, from shapes and the recipe.
 
 Memory and disk add up what the steps hold at once; the seconds divide counted operations by the
-rates below, so they are right within a factor of two at best.  docs/log.md compares both with runs.
+rates below, so they are right within a factor of two at best.
 """
 
 import math
@@ -13,7 +13,7 @@ from aptq.core.plan import Plan
 from aptq.engine.stream import batch_windows
 from aptq.engine.tape import tape_bytes
 from aptq.model.model import Model
-from aptq.planning import candidates, measuring_data, wants_profiles, wants_scores
+from aptq.planning import candidates, measuring_data, streams, wants_profiles, wants_scores
 from aptq.recipe import Recipe
 
 PROGRAM = 300 << 20  # bytes of anonymous memory after the imports, tokenizer included (measured)
@@ -56,7 +56,7 @@ def effort(model: Model, recipe: Recipe, plan: Plan, nbytes: int, device: torch.
     backward = measured or wants_profiles(recipe)
     some = measuring_data(recipe.data).needed if backward else 0
     width: int = model.config.get_text_config().hidden_size
-    states = tokens * width * model.dtype.itemsize
+    states = streams(recipe) * tokens * width * model.dtype.itemsize
     parts = _memory(model, recipe, plan, device)
     parts["hidden states"] = states
     tape = tape_bytes(model, some) if backward else 0
@@ -114,7 +114,8 @@ def _seconds(
         rates, cores = CPU_CORE, torch.get_num_threads()
     weights = sum(math.prod(shape) for shape in model.shapes.values())
     stages = sum(bool(stage.needs()) for stage in recipe.stages)
-    passes = (stages + 1) * tokens * 2 * weights  # collect for each stage, and advance
+    # collect for each stage, and advance
+    passes = streams(recipe) * (stages + 1) * tokens * 2 * weights
     passes += 10 * measuring * weights  # forward, forward again with gradients, backward
     tries = len(candidates(recipe)) + 1 if measuring else 1
     sums = solves = columns_swept = 0

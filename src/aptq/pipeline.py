@@ -23,7 +23,7 @@ from aptq.making import make
 from aptq.model.model import Model
 from aptq.outlook import Outlook, look
 from aptq.planner import Choice
-from aptq.planning import blank, choose, measuring_data, wants_profiles, wants_scores
+from aptq.planning import blank, choose, measuring_data, streams, wants_profiles, wants_scores
 from aptq.recipe import Recipe
 from aptq.report import card, summary
 from aptq.report.summary import Summary
@@ -201,7 +201,7 @@ def _run(
     """Choose the plan of one budget, compress by it, publish."""
     choice = choose(work.model, recipe, plan, scores)
     work.report(_decision(choice, recipe, plan))
-    run.reserve(choice.nbytes + _states_bytes(work.model, work.batches))
+    run.reserve(choice.nbytes + streams(recipe) * _states_bytes(work.model, work.batches))
     written = make(run, work, recipe, choice, scores)
     seconds = round(time.perf_counter() - began, 3)
     run.log("done", {"seconds": seconds, "bytes_after": written})

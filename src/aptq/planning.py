@@ -42,6 +42,11 @@ def wants_profiles(recipe: Recipe) -> bool:
     return any(need.weighted for stage in recipe.stages for need in stage.needs())
 
 
+def streams(recipe: Recipe) -> int:
+    """Streams of hidden states through the blocks: a second one where stages see the original's."""
+    return 1 + any(need.compares for stage in recipe.stages for need in stage.needs())
+
+
 def measuring_data(data: Data) -> Data:
     """The first windows, so many that measuring stays cheap beside compressing."""
     most = max(2, MEASURED // data.length)  # two, so that their difference tells the noise

@@ -36,7 +36,6 @@ class Hessian(Stat):
     share: bool = True
     # also R = sum_t w_t (x0_t - x_t) x_t^T / sum_t w_t, x0 the input in the uncompressed model
     drift: bool = False
-    sums: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
     cache: dict[object, object] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -87,10 +86,12 @@ class Hessian(Stat):
             self._add_drift(seen, x, weight)
             return
         self.sums["weight"] += good
-        weight = finite.float()
-        if seen.position is not None:
-            weight = weight.where(seen.position > 0, weight * max(self.first * seen.length, 1.0))
-        self._add_drift(seen, x, weight)
+        if self.drift:
+            weight = finite.float()
+            if seen.position is not None:
+                first = max(self.first * seen.length, 1.0)
+                weight = weight.where(seen.position > 0, weight * first)
+            self._add_drift(seen, x, weight)
         add_gram(self.sums["h"], x)
         extra = self.first * seen.length - 1.0
         if extra > 0:
@@ -142,15 +143,6 @@ class Hessian(Stat):
                 "measure profiles first, or set rows = 'uniform' in the recipe"
             )
         return seen.weight**self.power
-
-    def merge(self, other: Self) -> None:
-        """Add the sums of another worker."""
-        for name, value in other.sums.items():
-            self.sums[name] += value
-
-    def tensors(self) -> dict[str, Tensor]:
-        """h [in, in] float32, weight and dropped [] float64."""
-        return dict(self.sums)
 
     def nbytes(self, columns: int) -> int:
         """The sums; a mean and a factor of the group at work come on top."""
