@@ -26,7 +26,7 @@ MEASURES = {
     "fisher": [],
     "fisher token": ["measure.form=token"],
     "delta": ["measure.use=delta"],
-    "kl": ["measure.use=kl", "measure.windows=4"],
+    "kl": ["measure.use=kl", "measure.windows=2"],
 }
 MODES = ("layer", "attn-in", "attn-kron", "blend")
 Job = tuple[str, list[str]]  # label, words behind quality.py MODEL --label LABEL

@@ -77,8 +77,9 @@ def generate(folder: Path, context: int, batch: int, device: str, limit: int) ->
     from aptq.runtime.load import load
 
     free(device)
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(limit / total, device)
+    index = torch.cuda.current_device()  # the call wants a number, "cuda" is refused
+    total = torch.cuda.get_device_properties(index).total_memory
+    torch.cuda.set_per_process_memory_fraction(limit / total, index)
     model = load(folder, device=device)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 250, (batch, context - WRITTEN), generator=generator).to(device)
@@ -94,7 +95,7 @@ def generate(folder: Path, context: int, batch: int, device: str, limit: int) ->
     assert done.shape == (batch, context), tuple(done.shape)
     peak = torch.cuda.max_memory_allocated(device)
     del model, done, ids, mask
-    torch.cuda.set_per_process_memory_fraction(1.0, device)
+    torch.cuda.set_per_process_memory_fraction(1.0, index)
     free(device)
     return peak
 
