@@ -75,8 +75,11 @@ def free(device: str) -> None:
     torch.cuda.reset_peak_memory_stats(device)
 
 
-def generate(folder: Path, context: int, batch: int, device: str, limit: int) -> int:
-    """Peak bytes of loading the run and generating at full context, with at most `limit` bytes."""
+def generate(folder: Path, context: int, batch: int, device: str, limit: int) -> tuple[int, int]:
+    """Peak bytes (allocated, reserved) of loading the run and generating at full context.
+
+    The process may reserve at most `limit` bytes.
+    """
     from aptq.runtime.load import load
 
     free(device)
@@ -96,7 +99,7 @@ def generate(folder: Path, context: int, batch: int, device: str, limit: int) ->
         pad_token_id=257,
     )
     assert done.shape == (batch, context), tuple(done.shape)
-    peak = torch.cuda.max_memory_allocated(device)
+    peak = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
     del model, done, ids, mask
     torch.cuda.set_per_process_memory_fraction(1.0, index)
     free(device)
@@ -118,15 +121,18 @@ def measure(options: argparse.Namespace, size: str, model: Path, out: Path) -> d
     compressed = time.perf_counter() - start
     plan = Plan.load(out / "plan.json")
     predicted = running(Model.open(model), plan, options.context, options.batch)
+    print(f"{size}: predicted {predicted}", flush=True)  # also where generating fails
     limit = Budget.parse(budget).device_bytes
     assert limit is not None
-    peak = generate(out, options.context, options.batch, options.device, limit)
+    shape = (options.context, options.batch)
+    peak, reserved = generate(out, *shape, options.device, limit)
     return {
         "label": budget,
         "grid": plan.made_by.get("grid"),
         "bpw": done.bits,
         "limit_bytes": limit,
         "peak_bytes": peak,
+        "reserved_bytes": reserved,
         "predicted_bytes": predicted.peak,
         "predicted": {
             "weights": predicted.weights,

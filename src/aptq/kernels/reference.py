@@ -99,6 +99,8 @@ class Tiled(Reference):
         """x [rows, in] -> [rows, out]."""
         part, (out, columns) = self.part, self.shape
         step = max(1, (CACHE_TILE if x.device.type == "cpu" else DEVICE_TILE) // columns)
+        if step >= out:
+            return super().forward(x, bias)
         # one output that the tiles fill: half the memory of joining them
         y = x.new_empty(len(x), out)
         for start in range(0, out, step):
