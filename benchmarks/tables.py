@@ -2,7 +2,8 @@
 
 usage: python tables.py README.md docs/log.md [--check]
 Everything between `<!-- table:NAME -->` and `<!-- /table -->` becomes the table of
-results/NAME.json; the part of NAME before the first "-" is its kind.
+results/NAME.json; the part of NAME before the first "-" is its kind.  `table:NAME PATTERN` takes
+only the rows whose label has the pattern.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import common
 
-MARKER = re.compile(r"(<!-- table:([\w.-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+MARKER = re.compile(r"(<!-- table:([\w.-]+)(?: ([^>]*?))? -->\n).*?(<!-- /table -->)", re.DOTALL)
 TEXTS = {"wikitext2": "WikiText-2", "c4": "C4", "wiki_validation": "wiki validation"}
 TEXTS |= {"c4_validation": "C4 validation"}
 
@@ -56,6 +57,27 @@ def quality(result: dict[str, Any]) -> Table:
         bits, seed = number(row["bpw"], 4), str(row["seed"]) if row["calibration"] else ""
         lines.append([label, calibration(row), seed, bits, *scores, *costs])
     names = ("model", "calibration", "seed", "bpw", *map(text_name, keys), "seconds", "peak GiB")
+    return names, lines
+
+
+def allocation(result: dict[str, Any]) -> Table:
+    """Quality by size, best first; rows of one recipe and several seeds stand together."""
+    rows = sorted(result["rows"], key=lambda row: (-round(row["bpw"], 1), next(texts(row))))
+    return quality(result | {"rows": rows})
+
+
+def texts(row: dict[str, Any]) -> Iterator[float]:
+    """Perplexities of a row."""
+    return (value for key, value in row.items() if key.partition("_first")[0] in TEXTS)
+
+
+def fits(result: dict[str, Any]) -> Table:
+    lines = []
+    for row in result["rows"]:
+        figures = [row[key] for key in ("limit_bytes", "predicted_bytes", "peak_bytes")]
+        cells = [number(value / 2**20, 1) for value in (*figures, row["reserved_bytes"])]
+        lines.append([row["label"], row["grid"], *cells, "yes" if row["holds"] else "no"])
+    names = ("budget", "grid", "limit MiB", "predicted peak", "peak", "reserved", "holds")
     return names, lines
 
 
@@ -116,16 +138,17 @@ def greedy(result: dict[str, Any]) -> Table:
 
 KINDS: dict[str, Callable[[dict[str, Any]], Table]] = {
     "quality": quality,
-    "allocation": quality,
+    "allocation": allocation,
     "validation": quality,
     "compress_time": compress_time,
     "profile": profile,
     "memory": memory,
     "greedy": greedy,
+    "fits": fits,
 }
 
 
-def markdown(name: str, folder: Path) -> str:
+def markdown(name: str, folder: Path, pattern: str = "") -> str:
     """The table called `name`, with a line on where its figures come from."""
     kind = name.partition("-")[0]
     if kind not in KINDS:
@@ -134,7 +157,8 @@ def markdown(name: str, folder: Path) -> str:
     if not file.exists():
         raise SystemExit(f"table {name}: there is no {file}; run the benchmark first")
     result = json.loads(file.read_text(encoding="utf-8"))
-    names, lines = KINDS[kind](result)
+    chosen = [row for row in result["rows"] if re.search(pattern, row.get("label", ""))]
+    names, lines = KINDS[kind](result | {"rows": chosen})
     rows = [list(names), ["---"] * len(names), *lines]
     used = {key: value for key, value in result["versions"].items() if key != "python"}
     versions = ", ".join(f"{key} {value}" for key, value in used.items())
@@ -151,7 +175,7 @@ def main() -> None:
     stale = []
     for file in options.files:
         old = file.read_text(encoding="utf-8")
-        new = MARKER.sub(lambda m: m[1] + markdown(m[2], options.results) + m[3], old)
+        new = MARKER.sub(lambda m: m[1] + markdown(m[2], options.results, m[3] or "") + m[4], old)
         if new != old:
             stale.append(str(file))
             if not options.check:
