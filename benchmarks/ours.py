@@ -93,7 +93,7 @@ def sha256_recipe(recipe: Any) -> str:
 
 def calibration_of(recipe: Any) -> dict[str, Any] | None:
     """What the recipe's stages read; None where they need no data."""
-    if not any(stage.needs() for stage in recipe.stages):
+    if not any(stage.reads for stage in recipe.stages):
         return None
     tokens = recipe.data.samples * recipe.data.length
     return {"file": Path(recipe.data.source).name, "tokens": tokens, "window": recipe.data.length}

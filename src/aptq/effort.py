@@ -50,8 +50,8 @@ class Effort:
 
 def effort(model: Model, recipe: Recipe, plan: Plan, nbytes: int, device: torch.device) -> Effort:
     """What `aptq compress` needs for a checkpoint of `nbytes` bytes under `plan`."""
-    calibrated = any(stage.needs() for stage in recipe.stages)
-    tokens = recipe.data.needed if calibrated else 0
+    calibrated = any(stage.reads for stage in recipe.stages)
+    tokens = recipe.data.total if calibrated else 0
     measured = wants_scores(recipe, None)
     backward = measured or wants_profiles(recipe)
     some = measuring_data(recipe.data).needed if backward else 0
@@ -74,8 +74,8 @@ def _memory(model: Model, recipe: Recipe, plan: Plan, device: torch.device) -> d
     largest = max(blocks, key=lambda block: sum(block.values()))
     parts = {**({} if device.type == "cuda" else {"program": PROGRAM}), **largest}
     config = model.config.get_text_config()
-    length = min(recipe.data.length, recipe.data.needed)
-    rows = min(batch_windows(length, device) * length, recipe.data.needed)
+    length = recipe.data.length
+    rows = min(batch_windows(length, device) * length, recipe.data.total)
     inner = max(max(shape) for shape in model.shapes.values())
     parts["activations of a batch"] = rows * (4 * config.hidden_size + 3 * inner)
     parts["activations of a batch"] *= model.dtype.itemsize
@@ -113,7 +113,7 @@ def _seconds(
     if device.type == "cpu":
         rates, cores = CPU_CORE, torch.get_num_threads()
     weights = sum(math.prod(shape) for shape in model.shapes.values())
-    stages = sum(bool(stage.needs()) for stage in recipe.stages)
+    stages = sum(stage.reads for stage in recipe.stages)
     # collect for each stage, and advance
     passes = streams(recipe) * (stages + 1) * tokens * 2 * weights
     passes += 10 * measuring * weights  # forward, forward again with gradients, backward

@@ -13,6 +13,7 @@ from aptq.core.grid import Grid
 from aptq.core.plan import Plan
 from aptq.core.scores import Scores
 from aptq.engine.block import Block
+from aptq.engine.compressed import Compressed
 from aptq.engine.outer import Outer
 from aptq.engine.stream import Stream, open_stream
 from aptq.engine.walk import Progress, walk
@@ -52,15 +53,21 @@ def make(run: RunFolder, work: Work, recipe: Recipe, choice: Choice, scores: Sco
 def _walk(
     run: RunFolder, work: Work, recipe: Recipe, plan: Plan, writer: Writer, outer: Outer
 ) -> None:
-    """Compress every block and an untied head."""
+    """Compress every block and an untied head; stages for the whole model come after the walk."""
     model, order = work.model, recipe.order
     phase = f"compress {recipe.budget}".strip()
+    compressed = _after(run, work, recipe, plan)
 
     def sink(block: Block) -> None:
         writer.write_block(block.index, block.stored())
-        outer.compress_head(block)
         for values in _layers(block, model):
             _log(run, values, work.strict)
+        for record in block.records:
+            run.log("tuned", {"block": block.index, **record})
+
+    def walked(block: Block) -> None:
+        outer.compress_head(block)
+        (sink if compressed is None else compressed.keep)(block)
 
     def progress(done: Progress) -> None:
         run.log("block", {"block": done.block, "seconds": round(done.seconds, 3)})
@@ -74,8 +81,27 @@ def _walk(
         where, ids = work.activations, work.batches.ids
         states = open_stream(model, ids, device=work.device, folder=run.work, where=where)
     stages, profiles = recipe.stages, work.profiles
-    walk(model, states, stages, plan, order=order, sink=sink, report=progress, profiles=profiles)
+    walk(model, states, stages, plan, order=order, sink=walked, report=progress, profiles=profiles)
     states.close()
+    if compressed is not None:
+        for stage in recipe.stages:
+            stage.on_model(compressed)
+        for index in range(model.blocks):
+            sink(compressed.open(index, states))
+            model.unload(index)
+
+
+def _after(run: RunFolder, work: Work, recipe: Recipe, plan: Plan) -> Compressed | None:
+    """Where finished blocks wait for the stages that work on the whole model, if there are any."""
+    if not any(stage.whole for stage in recipe.stages):
+        return None
+    assert work.batches is not None, "a stage for the whole model reads data"
+
+    def report(phase: str, done: int, total: int) -> None:
+        work.report(Step(f"{phase} {recipe.budget}".strip(), done, total))
+
+    ids, where = work.batches.ids, work.activations
+    return Compressed(work.model, plan, ids, work.device, run.work, where, work.profiles, report)
 
 
 def _start(work: Work, choice: Choice) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def measure(
     _check_measure(chosen)
     check_source(chosen.data)
     model = _open(source, revision, report)
-    batches = _calibration(model, chosen.data, source, revision, on)
+    batches = _calibration(model, chosen.data, source, revision, on, report)
     report(f"calibration: {batches}")
     work = Work(model, batches, on, activations, report=report)
     with TemporaryDirectory(dir=path.parent, prefix=path.name) as folder:
@@ -143,12 +143,14 @@ def compress_each(
         paths = [budget_folder(Path(out), b, alone=len(budgets) == 1) for b in budgets]
         runs = [stack.enter_context(RunFolder(path, str(source))) for path in paths]
         scoring = scores is None and wants_scores(recipe, plan)
-        calibrated = scoring or any(stage.needs() for stage in recipe.stages)
+        calibrated = scoring or any(stage.reads for stage in recipe.stages)
         if calibrated:
             check_source(recipe.data)
         model = _open(source, revision, report)
         _rehearse(model, recipe, plan, scores)
-        batches = _calibration(model, recipe.data, source, revision, on) if calibrated else None
+        batches = None
+        if calibrated:
+            batches = _calibration(model, recipe.data, source, revision, on, report)
         report(f"calibration: {batches or 'none of the stages needs data'}")
         work = Work(model, batches, on, activations, strict, report)
         scores = _measured(work, recipe, scores, scoring, runs[0])
@@ -245,12 +247,19 @@ def _recipe(recipe: Recipe | str) -> Recipe:
 
 
 def _calibration(
-    model: Model, data: Data, source: str | Path, revision: str | None, device: torch.device
+    model: Model,
+    data: Data,
+    source: str | Path,
+    revision: str | None,
+    device: torch.device,
+    report: Report,
 ) -> Batches:
-    """Calibration windows; for "self" the whole original is loaded to write them."""
+    """Calibration windows; where the model writes some the whole original is loaded for it."""
 
-    def sampler(samples: int, length: int, seed: int) -> Tensor:
+    def sampler(samples: int, length: int, seed: int, starts: Tensor | None) -> Tensor:
+        report(f"the model writes {samples} x {length} tokens")
         writer = original(source, device, revision=revision)
-        return sample(writer.model, samples, length, seed, bos=writer.tokenizer.bos_token_id)
+        bos = writer.tokenizer.bos_token_id
+        return sample(writer.model, samples, length, seed, bos=bos, starts=starts)
 
     return tokens(data, model.tokenizer, limits=limits_of(model.config), sampler=sampler)

@@ -39,18 +39,22 @@ def wants_scores(recipe: Recipe, given: Plan | None) -> bool:
 
 def wants_profiles(recipe: Recipe) -> bool:
     """Does a stage weight rows by output gradients?"""
-    return any(need.weighted for stage in recipe.stages for need in stage.needs())
+    return any(stage.weighted for stage in recipe.stages)
 
 
 def streams(recipe: Recipe) -> int:
-    """Streams of hidden states through the blocks: a second one where stages see the original's."""
-    return 1 + any(need.compares for stage in recipe.stages for need in stage.needs())
+    """Streams of hidden states through the blocks: a second one where stages see the original's.
+
+    Where blocks are tuned together, the newest of them has streams of its own.
+    """
+    together = max(stage.window[0] for stage in recipe.stages) > 1
+    return (1 + any(stage.original for stage in recipe.stages)) * (1 + together)
 
 
 def measuring_data(data: Data) -> Data:
     """The first windows, so many that measuring stays cheap beside compressing."""
     most = max(2, MEASURED // data.length)  # two, so that their difference tells the noise
-    return replace(data, samples=min(data.samples, most))
+    return replace(data, samples=min(data.samples, most), written=0)
 
 
 def grids(recipe: Recipe) -> tuple[Grid, ...]:

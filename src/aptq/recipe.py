@@ -46,9 +46,16 @@ class Recipe:
     allocate: Allocator | None = None  # None: the same grid for all layers
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a budget or a minimum that is none."""
+        """Raise ValueError for a budget or a minimum that is none, and stages in no order."""
         if self.budget:
             Budget.parse_list(self.budget)
+        whole = [stage.whole for stage in self.stages]
+        if whole != sorted(whole):
+            late = self.stages[whole.index(True)]
+            raise ValueError(
+                f"a stage comes too early\n{late.name} works on the whole compressed model, and "
+                "stages that work on blocks follow it\nput it last in the recipe"
+            )
         for text in self.minimum:
             pattern, _, bits = text.rpartition("=")
             if not pattern or not bits.isdigit():

@@ -6,14 +6,20 @@ Each method runs on two architectures and each architecture with rtn and gptq.
 import hashlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from aptq.core.grid import Grid
 from aptq.core.plan import Plan
+from aptq.engine.block import Block
 from aptq.engine.data import Data
-from aptq.engine.stage import methods
+from aptq.engine.layer import Layer
+from aptq.engine.reconstruct import Reconstruct
+from aptq.engine.stage import Stage, methods
+from aptq.engine.stream import open_stream
+from aptq.engine.walk import walk
 from aptq.model.model import Model
 from aptq.pipeline import compress
 from aptq.recipe import Recipe
@@ -29,6 +35,8 @@ MATRIX = sorted(
     {(method, arch) for method in STAGES for arch in ("llama", "gpt2")}
     | {(method, arch) for method in ("rtn", "gptq") for arch in ARCHS}
 )
+STEPS = 6
+TUNING = [name for name in STAGES if isinstance(methods.get(name)(), Reconstruct)]
 GRID = Grid.parse("int4-g16-z")  # every method here can hold it
 
 
@@ -45,9 +53,15 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def short(method: str) -> Stage:
+    """The stage, with few steps where it takes steps: their number is no promise."""
+    stage = methods.get(method)()
+    return replace(stage, steps=STEPS) if "steps" in vars(stage) else stage
+
+
 def recipe(method: str, text: Path, grid: Grid = GRID) -> Recipe:
     data = Data(source=str(text), samples=3, length=16)
-    return Recipe(stages=(methods.get(method)(),), grids=(grid,), budget="", data=data)
+    return Recipe(stages=(short(method),), grids=(grid,), budget="", data=data)
 
 
 def hashes(run: Path) -> dict[str, str]:
@@ -86,7 +100,7 @@ def test_sixteen_bits_change_nothing(
 ) -> None:
     model = Model.open(folders[arch])
     plan = Plan.uniform(model.shapes, Grid("bf16"))
-    for name, layer in walked(model, [methods.get(method)()], plan, tmp_path).layers.items():
+    for name, layer in walked(model, [short(method)], plan, tmp_path).layers.items():
         assert torch.equal(layer.dense(), layer.weight), name
 
 
@@ -95,7 +109,7 @@ def test_no_worse_than_rtn_in_its_own_objective(
     method: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     """Summed over the layers of the first block and 8 seeds of calibration tokens."""
-    model, stage, rtn = Model.open(folders["llama"]), methods.get(method)(), methods.get("rtn")()
+    model, stage, rtn = Model.open(folders["llama"]), short(method), methods.get("rtn")()
     grid = replace(GRID, element="int3")
     plan = Plan.uniform(model.shapes, grid)
     ours = theirs = 0.0
@@ -106,11 +120,29 @@ def test_no_worse_than_rtn_in_its_own_objective(
     assert ours <= theirs
 
 
-def first_block(model: Model, stage, plan: Plan, folder: Path, seed: int):  # type: ignore[no-untyped-def]
-    """Layers of block 0 with the statistics that `stage` needs, nothing compressed yet."""
-    from aptq.engine.block import Block
-    from aptq.engine.stream import open_stream
+@pytest.mark.parametrize("first", [(), ("gptq",)], ids=["alone", "gptq"])
+@pytest.mark.parametrize(("method", "arch"), [(m, a) for m in TUNING for a in ("llama", "gpt2")])
+def test_tuning_leaves_no_block_worse(
+    method: str, arch: str, first: tuple[str, ...], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """On windows that were held out, alone and behind another stage."""
+    model, records = Model.open(folders[arch]), list[dict[str, Any]]()
+    stream = open_stream(
+        model, windows(6, 16), device=torch.device("cpu"), folder=tmp_path, where="memory"
+    )
 
+    def sink(block: Block) -> None:
+        records.extend(found for found in block.records if found["stage"] == method)
+
+    stages = [*(short(name) for name in first), short(method)]
+    walk(model, stream, stages, Plan.uniform(model.shapes, GRID), sink=sink)
+    assert len(records) == model.blocks + 1 - stages[-1].window[0]
+    assert all(found["end"] <= found["start"] for found in records)
+    assert all(found["kept"] == (found["end"] < found["start"]) for found in records)
+
+
+def first_block(model: Model, stage: Stage, plan: Plan, folder: Path, seed: int) -> list[Layer]:
+    """Layers of block 0 with the statistics that `stage` needs, nothing compressed yet."""
     stream = open_stream(
         model, windows(4, 16, seed), device=torch.device("cpu"), folder=folder, where="memory"
     )

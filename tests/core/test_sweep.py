@@ -256,3 +256,54 @@ def test_inputs_are_left_as_they_were() -> None:
     sweep(parameter, factor, fixed(weight, Grid("int3", 16)))
     assert torch.equal(weight, kept)
     assert torch.equal(factor, same)
+
+
+def first_order(weight: Tensor, H: Tensor, grid: Grid, beta: float) -> Tensor:
+    """FOEM (arXiv:2507.11017) from its constrained minimum, solved anew for each column.
+
+    min g d + d H d / 2 over the free columns F, g = beta (w - weight) H_FF, d_0 as rounding wants:
+    the part -beta (w - weight) of its solution is applied to the next column only.
+    """
+    scales = fit(weight, grid)
+    work, rounded = weight.double().clone(), torch.empty_like(weight, dtype=torch.float64)
+    for j in range(weight.shape[1]):
+        rounded[:, j : j + 1] = snap(
+            work[:, j : j + 1].float(), scales, grid, columns=torch.tensor([j])
+        )
+        free = H[j:, j:]
+        drifted = work[:, j:] - weight[:, j:]
+        system = torch.zeros(len(free) + 1, len(free) + 1, dtype=torch.float64)
+        system[:-1, :-1], system[-1, 0], system[0, -1] = free, 1, 1
+        fixed = (rounded[:, j] - work[:, j])[:, None]
+        right = torch.cat([-beta * drifted @ free, fixed], 1)
+        move = torch.linalg.solve(system, right.T).T[:, :-1] + beta * drifted
+        work[:, j + 1 :] += move[:, 1:]
+        work[:, j + 1 : j + 2] -= beta * (work - weight)[:, j + 1 : j + 2]
+    return rounded
+
+
+@pytest.mark.parametrize("block", [1, 4, 32])
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.6])
+@pytest.mark.parametrize("text", GRIDS)
+def test_pulled_columns_are_the_constrained_minimum(text: str, beta: float, block: int) -> None:
+    weight, H = problem(columns=30)
+    grid = Grid.parse(text)
+    found = sweep(weight, factor_of(H), fixed(weight, grid), block=block, pull=beta)
+    expected = first_order(weight, H, grid, beta)
+    torch.testing.assert_close(found.rounded, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.row_loss, loss_of(found.rounded, weight, H), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("text", GRIDS)
+def test_a_full_pull_is_round_to_nearest(text: str) -> None:
+    weight, H = problem()
+    grid, order = Grid.parse(text), torch.randperm(COLUMNS)
+    factor = factor_of(H[order][:, order])
+    nearest = snap(weight, fit(weight, grid), grid).double()
+    full = sweep(weight, factor, fixed(weight, grid), order=order, pull=1.0)
+    assert torch.equal(full.rounded.float(), nearest.float())
+    away = [
+        (sweep(weight, factor, fixed(weight, grid), order=order, pull=pull).rounded - weight).norm()
+        for pull in (0.0, 0.1, 0.5, 1.0)
+    ]
+    assert away == sorted(away, reverse=True)

@@ -96,7 +96,8 @@ def test_builtin_text_is_the_same_each_time(tokenizer: PreTrainedTokenizerFast) 
 
 
 def test_self_takes_what_the_sampler_draws(tokenizer: PreTrainedTokenizerFast) -> None:
-    def sampler(samples: int, length: int, seed: int) -> torch.Tensor:
+    def sampler(samples: int, length: int, seed: int, starts: torch.Tensor | None) -> torch.Tensor:
+        assert starts is None
         return torch.full((samples, length), seed)
 
     data = small("self", seed=7)
@@ -104,6 +105,33 @@ def test_self_takes_what_the_sampler_draws(tokenizer: PreTrainedTokenizerFast) -
     assert tokens(data, tokenizer, sampler=sampler).ids.unique().tolist() == [7]
     with pytest.raises(ValueError, match="no sampler"):
         tokens(data, tokenizer)
+
+
+def test_the_model_goes_on_from_places_in_the_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    def sampler(samples: int, length: int, seed: int, starts: torch.Tensor | None) -> torch.Tensor:
+        assert starts is not None
+        assert starts.shape == (samples, length // 2)
+        return torch.cat([starts, torch.full((samples, length - starts.shape[1]), 9)], 1)
+
+    plain, data = tokens(small("builtin:pydoc"), tokenizer), small("builtin:pydoc", written=3)
+    both = tokens(data, tokenizer, sampler=sampler)
+    assert torch.equal(both.ids[: len(plain.ids)], plain.ids)
+    own = both.ids[len(plain.ids) :]
+    assert len(own) == both.written == both.record()["written"] == 3 * len(plain.ids)
+    assert (own[:, data.length // 2 :] == 9).all()
+    assert (own[:, : data.length // 2] != 9).any(dim=1).all()
+    assert data.total == both.ids.numel()
+    assert both.sha256 != plain.sha256
+    assert f"{len(own)} of them written by the model" in str(both)
+    assert "no sampler was given" in refused_tokens(data, tokenizer)
+    with pytest.raises(ValueError, match="written >= 0"):
+        small("builtin:pydoc", written=-1)
+
+
+def refused_tokens(data: Data, tokenizer: PreTrainedTokenizerFast) -> str:
+    with pytest.raises(ValueError, match="nobody writes") as caught:
+        tokens(data, tokenizer)
+    return str(caught.value)
 
 
 def test_too_little_text(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -151,7 +151,7 @@ def test_bad_options_are_refused(options: dict[str, object]) -> None:
 
 def test_attempts_are_what_the_layer_would_become() -> None:
     """Candidates are swept together; each equals what on_layer makes of it alone."""
-    for stage in (GPTQ(), GPTQ(columns="natural", groups="dynamic")):
+    for stage in (GPTQ(), GPTQ(columns="natural", groups="dynamic"), GPTQ(pull=0.3)):
         made = layer("int4-g16-z")
         targets = [Target.parse(t) for t in ("int2-g8-z", "int3-row", "int4-g16-z", "int8-g8-z")]
         together = list(stage.attempt(made, targets))
@@ -179,3 +179,27 @@ def test_drift_moves_the_output_towards_that_of_the_original() -> None:
     ideal = torch.linalg.lstsq(x, x0 @ made.weight.T).solution
     best = float((x0 @ made.weight.T - x @ ideal).square().sum())
     assert losses[2] < best + 0.2 * (losses[0] - best)
+
+
+def test_pull_shrinks_the_compensation() -> None:
+    """FOEM: a higher objective, nearer weights; all of it is rounding to nearest."""
+    for stage in (GPTQ(pull=0.0), GPTQ(columns="natural", groups="dynamic", pull=0.0)):
+        assert torch.equal(
+            stage.on_layer(layer("int3-g8-z")).dense(),
+            replace(stage, pull=1e-12).on_layer(layer("int3-g8-z")).dense(),
+        )
+    losses, away = [], []
+    for pull in (0.0, 0.2, 0.6):
+        made = layer("int3-g8-z")
+        losses.append(done(GPTQ(pull=pull), made))
+        away.append(made.error())
+    assert losses == sorted(losses)
+    assert away == sorted(away, reverse=True)
+    made, same = layer("int3-g8-z"), layer("int3-g8-z")
+    GPTQ(pull=1.0).on_layer(made)
+    methods.get("rtn")().on_layer(same)
+    assert torch.equal(made.dense(), same.dense())
+    with pytest.raises(ValueError, match="pull = 0"):
+        GPTQ(pull=0.1, hessian="attn-in")
+    with pytest.raises(ValueError, match="out of range"):
+        GPTQ(pull=1.5)

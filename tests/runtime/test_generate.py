@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from aptq.runtime.generate import sample, stream, write
+from aptq.runtime.generate import _draw, sample, stream, write
 from aptq.runtime.open import find_device, open_any, original
 from tests.tiny import tiny_model, tiny_tokens
 
@@ -35,6 +35,23 @@ def test_draws_depend_on_the_seed_alone(folder: Path) -> None:
     assert (first.shape, first.dtype) == ((5, 7), torch.int64)
     assert (first[:, 0] == 256).all()
     assert sample(model, 4, 3, 1, bos=None)[:, 0].unique().numel() > 1
+
+
+def test_windows_go_on_from_their_starts(folder: Path) -> None:
+    model = original(folder, torch.device("cpu")).model
+    starts = tiny_tokens(3, 4)
+    found = sample(model, 3, 9, 1, bos=None, starts=starts)
+    assert found.shape == (3, 9)
+    assert torch.equal(found[:, :4], starts)
+
+
+def test_draws_follow_the_distribution() -> None:
+    logits = torch.tensor([0.1, 0.2, 0.7]).log().repeat(20_000, 1)
+    generator = torch.Generator().manual_seed(0)
+    chance = torch.rand(20_000, 1, generator=generator, dtype=torch.float64)
+    shares = _draw(logits, chance).bincount(minlength=3) / 20_000
+    torch.testing.assert_close(shares, torch.tensor([0.1, 0.2, 0.7]), atol=0.01, rtol=0)
+    assert _draw(logits[:1], torch.ones(1, 1, dtype=torch.float64)) == 2
 
 
 def test_text_comes_in_pieces(folder: Path) -> None:

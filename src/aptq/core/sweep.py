@@ -3,7 +3,8 @@
 Columns are rounded one after the other; with r_j = w_j - q_j the error already made, column k
 becomes w_k - sum_{j<k} r_j U[j, k] / U[j, j], which minimises tr(E H E^T) over what is still free
 (GPTQ, arXiv:2210.17323; H^-1 = U^T U).  Blocks are split recursively, so that nearly all of the
-work is matrix products, and a segment sees fully compensated weights when it begins.
+work is matrix products, and a segment sees fully compensated weights when it begins.  FOEM
+(arXiv:2507.11017) keeps the first-order term of the expansion: a `pull` towards the weights given.
 """
 
 from collections.abc import Sequence
@@ -113,6 +114,7 @@ def sweep(
     order: Tensor | None = None,
     segments: Sequence[int] | None = None,
     block: int = 32,
+    pull: float = 0.0,
 ) -> Swept:
     """Round weight float32 [out, in] column by column, each error fed into the later columns.
 
@@ -121,6 +123,8 @@ def sweep(
     segments: lengths in sweep order, their sum = in (one segment if None); rule.begin is called
     for each with its up-to-date weights.  block: columns between two matrix products, with no
     influence on the result.  Computes in the dtype of factor, float32 or (to check) float64.
+    pull: beta in [0, 1]; each column, compensated to w', becomes w = w' - beta (w' - weight) once,
+    just before it is rounded to q, and feeds w - q - beta (w - weight) into the later ones.
     """
     columns = weight.shape[1]
     lengths = [columns] if segments is None else list(segments)
@@ -136,11 +140,10 @@ def sweep(
         order.tolist(),  # the only wait for the device before the end
         rule,
         block,
+        pull,
     )
-    bounds = list(accumulate(lengths, initial=0))
-    work.segments(bounds, 0, len(lengths))
-    error = work.error.div_(factor.diagonal().unsqueeze(1)).square_()
-    row_loss = error.sum(0)
+    work.segments(list(accumulate(lengths, initial=0)), 0, len(lengths))
+    row_loss = work.losses(factor)
     rounded = torch.empty_like(work.weight)
     rounded[order] = work.rounded
     return Swept(rounded.T.contiguous(), float(row_loss.double().sum()), row_loss)
@@ -157,9 +160,11 @@ class _Work:
         ids: list[int],
         rule: ColumnRule,
         block: int,
+        pull: float,
     ) -> None:
         self.weight, self.lower, self.order, self.ids = weight, lower, order, ids
-        self.rule, self.block = rule, block
+        self.rule, self.block, self.pull = rule, block, pull
+        self.given = weight.clone() if pull else weight
         self.rounded, self.error = torch.empty_like(weight), torch.empty_like(weight)
 
     def segments(self, bounds: list[int], first: int, last: int) -> None:
@@ -200,6 +205,19 @@ class _Work:
         for index, (row, error) in enumerate(zip(rows, errors, strict=True)):
             if index:
                 row.addmv_(block[:, :index], lower[index][:index], alpha=-1)
+            if self.pull:
+                row.lerp_(self.given[start + index], self.pull)
             rounded.append(self.rule.round(self.ids[start + index], row))
             torch.sub(row, rounded[-1], out=error)
+            if self.pull:
+                error.add_(self.given[start + index] - row, alpha=self.pull)
         torch.stack(rounded, out=self.rounded[start:stop])
+
+    def losses(self, factor: Tensor) -> Tensor:
+        """Loss of each row [out]; overwrites error."""
+        if self.pull:  # what was fed is not all of the error: E U^-1, as H = U^-1 U^-T
+            error = self.rounded - self.given
+            self.error = torch.linalg.solve_triangular(factor.T, error, upper=False)
+        else:
+            self.error.div_(factor.diagonal().unsqueeze(1))
+        return self.error.square_().sum(0)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,8 @@ class Block:
         self._fresh: dict[int, set[Stat]] = {}  # group number -> statistics that are still true
         self._window = 0  # number of the first window of the batch that is on its way
         self._trace: Lookup = _untraced  # of a linear while its batch is on its way
-        self._origin, self._before = origin, dict[str, Tensor]()  # its inputs of that batch
+        self.origin, self._before = origin, dict[str, Tensor]()  # its inputs of that batch
+        self.records: list[dict[str, Any]] = []  # what stages report of the whole block
         known = profiles or Profiles(0, {})
         self.weighting = Weighting(known, self.layers, stream)
         for group in self.groups:
@@ -135,9 +136,9 @@ class Block:
             with torch.inference_mode():
                 for windows, call in self.stream.inputs(self.index):
                     self._window = windows.start
-                    if self._origin is not None and any(need.compares for need in needs):
+                    if self.origin is not None and any(need.compares for need in needs):
                         paths = [next(iter(group.layers.values())) for group in groups]
-                        self._before = self._origin.inputs(windows, paths)
+                        self._before = self.origin.inputs(windows, paths)
                     call.run(self.module)
         self._before = {}
 
@@ -230,6 +231,11 @@ class Block:
         trim_heap()
         if self.order == "group":
             self._forget(self._next(group))
+
+    def enter(self, stream: Stream) -> None:
+        """`stream` replaces the one at hand: what enters this block, or the first that is held."""
+        self.stream = self.weighting.stream = stream
+        self._forget(0)
 
     def close_stage(self) -> None:
         """What was observed behind a changed group is stale from here on."""

@@ -18,8 +18,10 @@ from aptq.engine import sources
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-# (samples, length, seed) -> int64 ids [samples, length] drawn from the model itself
-Sampler = Callable[[int, int, int], Tensor]
+# (samples, length, seed, starts) -> int64 ids [samples, length] drawn from the model itself, behind
+# the tokens `starts` [samples, n] where there are any
+Sampler = Callable[[int, int, int, Tensor | None], Tensor]
+PROMPT = 32  # tokens of the text that a window starts with which the model writes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,23 +35,31 @@ class Data:
     source: str = "builtin:pydoc"  # English text in every CPython, so it works offline
     samples: int = 128  # windows, as in the experiments of GPTQ (arXiv:2210.17323)
     length: int = 512  # so that the default source is enough: 113,108 tokens are 220 windows
+    # for every window of the text so many more that the model goes on to write from places in it:
+    # tuning by gradients learns a few windows by heart, and the original can write others
+    written: int = 0
     seed: int = 0  # the first windows of the text, which need no random numbers
     text_key: str = "text"  # what C4, WikiText and most sets on the hub call it
     split: str = "train"  # hub sets only; calibration must not see a test split
     config: str = ""  # hub sets only; empty: the data set's own default
 
     def __post_init__(self) -> None:
-        if self.samples < 1 or self.length < 2 or self.seed < 0:
+        if self.samples < 1 or self.length < 2 or min(self.seed, self.written) < 0:
             raise ValueError(
                 "the calibration windows are impossible\n"
-                f"samples {self.samples}, length {self.length}, seed {self.seed}\n"
-                "use samples >= 1, length >= 2, seed >= 0"
+                f"samples {self.samples}, length {self.length}, written {self.written}, "
+                f"seed {self.seed}\nuse samples >= 1, length >= 2, written >= 0, seed >= 0"
             )
 
     @property
     def needed(self) -> int:
         """Tokens that the windows take from the text."""
         return self.samples * self.length
+
+    @property
+    def total(self) -> int:
+        """Tokens of all windows, also of those that the model writes."""
+        return self.samples * (1 + self.written) * self.length
 
     @property
     def fields(self) -> sources.Fields:
@@ -78,11 +88,14 @@ class Batches:
     found: int
     whole: bool
     sha256: str
+    written: int = 0  # windows at the end that the model wrote
 
     def __str__(self) -> str:
         samples, length = self.ids.shape
         text = f"{'' if self.whole else 'the first '}{self.found:,} in {self.source}"
-        return f"{samples} x {length} = {self.ids.numel():,} tokens of {text} (seed {self.seed})"
+        own = f", {self.written} of them written by the model" if self.written else ""
+        count = f"{samples} x {length}{own} = {self.ids.numel():,} tokens"
+        return f"{count} of {text} (seed {self.seed})"
 
     def record(self) -> dict[str, str | int | bool]:
         """What a log keeps of the calibration data (JSON values)."""
@@ -91,6 +104,7 @@ class Batches:
             "source": self.source,
             "samples": samples,
             "length": length,
+            "written": self.written,
             "seed": self.seed,
             "tokens_used": samples * length,
             "tokens_found": self.found,
@@ -182,7 +196,7 @@ def tokens(
         check_length(data, limits)
     seed = data.seed
     if data.source == "self" and sampler is not None:
-        stream, whole = sampler(data.samples, data.length, seed).cpu().reshape(-1), True
+        stream, whole = sampler(data.samples, data.length, seed, None).cpu().reshape(-1), True
         seed = 0  # the windows are drawn already
     else:
         # 16 characters a needed token are ample, and 4 Mi hold usual calibration texts whole
@@ -193,8 +207,27 @@ def tokens(
     if stream.numel() < data.needed:
         raise _too_short(data, stream.numel())
     ids = _windows(stream, data, seed)
+    if data.written:
+        ids = torch.cat([ids, _written(stream, data, sampler)])
     sha256 = hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest()
-    return Batches(ids, data.source, data.seed, stream.numel(), whole, sha256)
+    own = data.samples * data.written
+    return Batches(ids, data.source, data.seed, stream.numel(), whole, sha256, own)
+
+
+def _written(stream: Tensor, data: Data, sampler: Sampler | None) -> Tensor:
+    """Windows [samples * written, length] that begin at random places of a stream [tokens]."""
+    if sampler is None:
+        raise ValueError(
+            "nobody writes the windows\n"
+            f"written = {data.written} and no sampler was given\n"
+            "pass a function that draws tokens from the model, or set written = 0"
+        )
+    count = min(PROMPT, data.length // 2)
+    generator = torch.Generator().manual_seed(data.seed)
+    windows = data.samples * data.written
+    starts = torch.randint(0, stream.numel() - count + 1, (windows, 1), generator=generator)
+    begun = stream[starts + torch.arange(count)]
+    return sampler(windows, data.length, data.seed, begun).cpu()
 
 
 def _windows(stream: Tensor, data: Data, seed: int) -> Tensor:

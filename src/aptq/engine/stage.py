@@ -3,6 +3,8 @@
 A subclass is a frozen dataclass of options with one hook overridden.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from aptq.core.plan import Target
 from aptq.engine.block import Block
+from aptq.engine.compressed import Compressed
 from aptq.engine.layer import Layer
 from aptq.engine.stat import Stat
 from aptq.registry import Registry
@@ -18,6 +21,40 @@ from aptq.registry import Registry
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """One step of a recipe.  Most methods override `needs` and `on_layer` only."""
+
+    @property
+    def name(self) -> str:
+        """The name in recipes and reports."""
+        return methods.name_of(type(self))
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """(blocks that `on_blocks` gets together, blocks that are finished after each call)."""
+        return 1, 1
+
+    @property
+    def reads(self) -> bool:
+        """Does the stage look at calibration data?"""
+        return bool(self.needs()) or self.original
+
+    @property
+    def original(self) -> bool:
+        """Does the stage look at the uncompressed block and its inputs?"""
+        return any(need.compares for need in self.needs())
+
+    @property
+    def weighted(self) -> bool:
+        """Does the stage weight positions by profiles of output gradients?"""
+        return any(need.weighted for need in self.needs())
+
+    @property
+    def whole(self) -> bool:
+        """Does the stage work on the whole compressed model, after the walk: `on_model`?"""
+        return False
+
+    def batches(self, windows: int) -> tuple[int, ...]:
+        """Batch sizes with which `on_blocks` calls blocks itself, of so many windows."""
+        return ()
 
     def needs(self) -> tuple[Stat, ...]:
         """Statistics that `on_layer` reads from `layer.stats`."""
@@ -35,6 +72,9 @@ class Stage:
                     block.layers[layer.name] = self.on_layer(layer)
                 block.commit(group)
             block.close_stage()
+
+    def on_model(self, compressed: Compressed) -> None:
+        """Work on all blocks when the stages before have finished them."""
 
     def objective(self, layer: Layer) -> float:
         """What the method minimises, for this layer as it stands; by default |W - Q|^2."""

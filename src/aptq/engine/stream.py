@@ -76,16 +76,33 @@ class Stream:
                 self.hidden[windows] = call.run(block).to(self.hidden.device)
         self.calls[index] = {}
 
-    def twin(self) -> "Stream":
+    def twin(self, name: str = "original") -> "Stream":
         """A copy that advances by itself: in memory, or in a file beside the one of this stream."""
         if self.file is None:
             held, file = self.hidden.clone(), None
         else:
             shape = tuple(self.hidden.shape)
-            held, file = storage(shape, self.hidden, self.file.parent, "disk", "original")
+            held, file = storage(shape, self.hidden, self.file.parent, "disk", name)
             for part, source in zip(held, self.hidden, strict=True):
                 part.copy_(source)
         return Stream(held, [dict(call) for call in self.calls], self.batch, self.device, file)
+
+    def learn(self, model: Model, sizes: Iterable[int]) -> None:
+        """Record how blocks are called with batches of other sizes.
+
+        Nothing but the hidden states depends on the tokens (dry_pass has checked it), so any do.
+        """
+        missing = sorted(set(sizes) - set(self.calls[-1])) if len(self.hidden) else []
+        if not missing:
+            return
+        model.load_outer(self.device)
+        empty = self.hidden.new_empty(0)
+        for size in missing:
+            ids = torch.zeros(size, self.length, dtype=torch.int64, device=self.device)
+            recorded = record(model.skeleton, model.arch.blocks, ids)
+            for block, call in enumerate(recorded):
+                self.calls[block][size] = call.at(empty)
+        model.unload_outer()
 
     def close(self) -> None:
         """Delete the file behind the stream, if there is one."""

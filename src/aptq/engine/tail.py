@@ -15,9 +15,14 @@ PIECE = 256 << 20  # bytes of logits, their float32 forms and gradients at a tim
 PER_LOGIT = 24  # bytes: logit and gradient in 16 bit and float32, float64 sums for sampling
 
 
-def pieces(shape: tuple[int, int], vocabulary: int) -> Iterator[tuple[slice, slice]]:
-    """Cut [windows, length] tokens so that one piece's logits stay small; (windows, tokens)."""
-    limit = max(1, PIECE // (PER_LOGIT * vocabulary))
+def pieces(
+    shape: tuple[int, int], vocabulary: int, room: int | None = None
+) -> Iterator[tuple[slice, slice]]:
+    """Cut [windows, length] tokens so that one piece's logits stay small; (windows, tokens).
+
+    room: bytes that they and what is made of them may take; None = PIECE.
+    """
+    limit = max(1, (room or PIECE) // (PER_LOGIT * vocabulary))
     count, length = shape
     rows, step = max(1, limit // length), min(length, limit)
     for start in range(0, count, rows):

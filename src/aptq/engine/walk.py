@@ -47,32 +47,110 @@ def walk(
     start: int = 0,
     profiles: Profiles | None = None,
 ) -> None:
-    """Compress every block from `start` on, one in memory at a time.
+    """Compress every block from `start` on, few in memory at a time.
 
     Each stage works on the inputs that the compressed blocks before it produce; `sink` gets the
     finished block, whose layers hold the parts; `profiles` weight the rows of statistics that ask
-    for it.  Raises ValueError when a planned layer ends without parts, for then no stage of the
+    for it.  Stages whose window holds several blocks get them when the last of these has been
+    through the stages before; a block is finished, by the stages behind them, when no later window
+    holds it.  Raises ValueError when a planned layer ends without parts, for then no stage of the
     recipe quantizes.
     """
-    compares = any(need.compares for stage in stages for need in stage.needs())
-    original = stream.twin() if compares else None
-    for index in reported(range(start, model.blocks), model.blocks, report):
-        module = model.load(index, stream.device)
+    early, together, late = _split(stages)
+    size, stride = max((stage.window for stage in together), default=(1, 1))
+    stream.learn(model, {b for stage in stages for b in stage.batches(len(stream.hidden))})
+    original = stream.twin() if any(stage.original for stage in stages) else None
+    line = _Line(model, stream, original)
+
+    def make(index: int) -> Block:
+        module, (own, theirs) = model.load(index, stream.device), line.ends()
         name, groups = model.block_name(index), model.groups(index)
-        origin = None if original is None else Origin(index, name, module, original)
-        block = Block(index, name, module, groups, plan, stream, order, profiles, origin)
-        for stage in stages:
+        origin = None if theirs is None else Origin(index, name, module, theirs)
+        return Block(index, name, module, groups, plan, own, order, profiles, origin)
+
+    for index in reported(range(start, model.blocks), model.blocks, report):
+        block = make(index)
+        for stage in early:
             stage.on_blocks([block])
-        _check_done(block)
-        if index + 1 < model.blocks:
-            stream.advance(index, module)
-            if origin is not None:
-                origin.advance()
-        sink(block)
-        model.unload(index)
-        del block, module, origin  # before the next block is loaded
+        line.held.append(block)
+        final = index + 1 == model.blocks
+        if len(line.held) < size and not final:
+            continue
+        line.enter()
+        for stage in together:
+            stage.on_blocks(line.held)
+        for _ in range(len(line.held) if final else stride):
+            for stage in late:
+                stage.on_blocks(line.held[:1])
+            _check_done(line.held[0])
+            line.finish(sink)
+        del block  # before the next one is loaded
     if original is not None:
         original.close()
+
+
+def _split(stages: Sequence[Stage]) -> tuple[Sequence[Stage], Sequence[Stage], Sequence[Stage]]:
+    """Stages before those that get several blocks at a time, these, and those behind them."""
+    wide = [number for number, stage in enumerate(stages) if stage.window[0] > 1]
+    first, last = (wide[0], wide[-1] + 1) if wide else (len(stages), len(stages))
+    for stage in stages[first:last]:
+        if stage.window[0] == 1:  # blocks would pass it once in every window that holds them
+            raise ValueError(
+                f"{stage.name} stands between stages that get several blocks at a time\n"
+                f"it works on one block, they on {max(s.window[0] for s in stages)}\n"
+                "put it in front of or behind them"
+            )
+    return stages[:first], stages[first:last], stages[last:]
+
+
+class _Line:
+    """Blocks that are not finished yet, and the streams that enter the first and the next one."""
+
+    def __init__(self, model: Model, stream: Stream, original: Stream | None) -> None:
+        self.model, self.stream, self.original = model, stream, original
+        self.held: list[Block] = []
+        self.copies: list[Stream] = []
+
+    def ends(self) -> tuple[Stream, Stream | None]:
+        """The streams (compressed, original) that enter the next block: copies if any is held."""
+        if not self.held:
+            return self.stream, self.original
+        self.close()  # those that an earlier block has had, where windows hold more than two
+        own = self.stream.twin("ahead")
+        theirs = None if self.original is None else self.original.twin("original-ahead")
+        self.copies = [own] if theirs is None else [own, theirs]
+        for block in self.held:
+            own.advance(block.index, block.module)
+            if theirs is not None and block.origin is not None:
+                theirs.advance(block.index, block.origin.module)
+        return own, theirs
+
+    def enter(self) -> None:
+        """From here on held blocks and their origins see the streams that enter the first."""
+        for block in self.held:
+            if block.stream is not self.stream:
+                block.enter(self.stream)
+            if block.origin is not None and self.original is not None:
+                block.origin.stream = self.original
+        self.close()
+
+    def close(self) -> None:
+        """Drop the copies."""
+        for stream in self.copies:
+            stream.close()
+        self.copies = []
+
+    def finish(self, sink: Callable[[Block], None]) -> None:
+        """The first held block is done: move the streams behind it and hand it over."""
+        block = self.held.pop(0)
+        if block.index + 1 < self.model.blocks:
+            self.stream.advance(block.index, block.module)
+            if block.origin is not None:
+                block.origin.advance()
+        sink(block)
+        self.model.unload(block.index)
+        if self.held:
+            self.enter()
 
 
 def _check_done(block: Block) -> None:

@@ -44,7 +44,7 @@ class Call:
             return Call((hidden, *self.args[1:]), self.kwargs, self.names)
         return Call((), {**self.kwargs, "hidden_states": hidden}, self.names)
 
-    def run(self, block: nn.Module) -> Tensor:
+    def run(self, block: Callable[..., Any]) -> Tensor:
         """Call a block with these arguments; its hidden states."""
         output = block(*self.args, **self.kwargs)
         value = output[0] if isinstance(output, tuple) else output

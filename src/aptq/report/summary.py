@@ -106,7 +106,8 @@ def errors(folder: Path) -> dict[str, float]:
 
 def _events(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """The lines of the log by kind."""
-    found: dict[str, list[dict[str, Any]]] = {"start": [], "layer": [], "block": [], "done": []}
+    kinds = ("start", "layer", "block", "tuned", "done")
+    found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
     for line in (folder / "log.jsonl").read_text("utf-8").splitlines():
         event = json.loads(line)
         found[event["event"]].append(event)

@@ -29,10 +29,20 @@ def stream(
             token = logits.argmax(-1)
         else:
             assert generator is not None, f"temperature {temperature} needs a generator"
-            chances = (logits / temperature).softmax(-1).cpu()
-            token = torch.multinomial(chances, 1, generator=generator)[:, 0].to(ids.device)
-        yield token
+            drawn = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64)
+            token = _draw(logits / temperature, drawn.to(logits.device))
+        yield token.to(ids.device)
         step = token[:, None].to(model.device)
+
+
+def _draw(logits: Tensor, chance: Tensor) -> Tensor:
+    """Tokens int64 [batch] of softmax(logits) [batch, rows] by uniform `chance` [batch, 1].
+
+    By the inverse of the distribution function: the logits need not come to the host.
+    """
+    below = logits.softmax(-1).double().cumsum(-1)
+    found = torch.searchsorted(below, chance * below[:, -1:], right=True)[:, 0]
+    return found.clamp(max=logits.shape[-1] - 1)
 
 
 def sample(
@@ -42,25 +52,38 @@ def sample(
     seed: int,
     *,
     bos: int | None,
-    batch: int = 32,
+    starts: Tensor | None = None,
+    batch: int | None = None,
 ) -> Tensor:
     """Windows int64 [samples, length] that the model itself writes at temperature 1.
 
-    Every window starts with `bos`, or with a token drawn uniformly where the model has none.
+    Every window goes on from its row of `starts` [samples, n], else from `bos`, or from a token
+    drawn uniformly where the model has none.  batch: windows at once; what a GPU has room for.
     """
     generator = torch.Generator().manual_seed(seed)
     rows = model.config.get_text_config().vocab_size
+    batch = _batch(model, length) if batch is None else batch
+    if starts is None:
+        starts = torch.randint(0, rows, (samples, 1), generator=generator)
+        starts = starts if bos is None else torch.full_like(starts, bos)
     windows = []
-    for begin in range(0, samples, batch):
-        shape = (min(batch, samples - begin), 1)
-        first = (
-            torch.randint(0, rows, shape, generator=generator)
-            if bos is None
-            else torch.full(shape, bos)
-        )
-        drawn = stream(model, first, length - 1, temperature=1.0, generator=generator)
+    for first in starts.split(batch):
+        left = length - first.shape[1]
+        drawn = stream(model, first, left, temperature=1.0, generator=generator)
         windows.append(torch.cat([first, *(token[:, None] for token in drawn)], 1).cpu())
     return torch.cat(windows)
+
+
+def _batch(model: PreTrainedModel, length: int) -> int:
+    """Windows at once: 32 on a CPU; on a GPU 256 where half of what is free holds their cache."""
+    if model.device.type != "cuda":
+        return 32
+    config = model.config.get_text_config()
+    known = config.to_dict()
+    heads = known.get("num_key_value_heads") or config.num_attention_heads
+    size = known.get("head_dim") or config.hidden_size // config.num_attention_heads
+    cache = 2 * config.num_hidden_layers * heads * size * length * model.dtype.itemsize
+    return max(1, min(256, torch.cuda.mem_get_info(model.device)[0] // (2 * cache)))
 
 
 def write(

@@ -14,10 +14,13 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-from aptq.core.linalg import Damping, Factor, damped_factor
+from aptq.core.linalg import Damping, Factor, damped_factor, dead_columns
 from aptq.engine.stat import Seen, Stat
 
 BINS = 32  # different weights of a window of 2^31 tokens, whose positions have up to 31 bits
+# share of mean(diag H) added before the drift is solved for: more than before a sweep, for it would
+# fit the noise of small directions
+DRIFT_DAMP = 0.03
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +168,25 @@ class Hessian(Stat):
         held = self.cache["matrix"]
         assert isinstance(held, Tensor)
         return held
+
+    def metric(self, damp: float) -> Tensor:
+        """H + damp mean(diag H) I over the inputs that were seen, [in, in] float32."""
+        H = self.matrix().clone()
+        live = ~dead_columns(H)
+        if damp and bool(live.any()):
+            H.diagonal().add_(damp * float(H.diagonal()[live].double().mean()))
+        return H
+
+    def target(self, weight: Tensor, drift: float) -> Tensor:
+        """What a method should come near to instead of weight float32 [out, in].
+
+        drift: share of the change of the inputs that is made up for.  Inputs that are always zero
+        get zeros: any value is right there, and zero costs least.
+        """
+        moved = self.correction(DRIFT_DAMP) if drift else None
+        wanted = weight.clone() if moved is None else weight + drift * (weight @ moved)
+        wanted[:, dead_columns(self.matrix())] = 0
+        return wanted
 
     def factor(self, damp: float, order: Tensor | None = None) -> tuple[Factor | None, Damping]:
         """Factor of the damped H in the column order `order`, made once for the group's layers.

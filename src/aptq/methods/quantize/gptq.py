@@ -16,7 +16,7 @@ from torch import Tensor
 
 from aptq.core.grid import Grid
 from aptq.core.kron import head_factors, sweep_rows
-from aptq.core.linalg import Damping, dead_columns
+from aptq.core.linalg import Damping
 from aptq.core.parts import part_of
 from aptq.core.plan import Target
 from aptq.core.rounding import Scales, fit, shrinks, snap
@@ -28,9 +28,6 @@ from aptq.stats.attention import AttentionHessian
 from aptq.stats.hessian import Hessian
 
 STACKED = 512 << 20  # bytes of candidates that are swept together
-# share of mean(diag H) added before the drift is solved for: more than before a sweep, for it would
-# fit the noise of small directions
-DRIFT_DAMP = 0.03
 
 
 class Problem(NamedTuple):
@@ -66,8 +63,13 @@ class GPTQ(Stage):
     # output, by position; by what the attention makes of an error of the token
     rows: Literal["uniform", "gradient", "attention"] = "uniform"
     # share of the change of the inputs, made by compressed blocks before, that the weights make up
-    # for (arXiv:2504.02692; 0.25 is what arXiv:2602.04929 uses); 0 = none
+    # for: GPTAQ's asymmetric term (arXiv:2504.02692; 0.25 is what arXiv:2602.04929 uses) as the
+    # optimum that the sweep starts from, W (1 + drift R H^-1), instead of a push a column; 0 = none
     drift: float = 0.0
+    # FOEM (arXiv:2507.11017): share of a column's compensation that is taken back just before it is
+    # rounded; the paper uses 0.1, GPTQModel 0.2.  It raises the objective and guards against a
+    # Hessian of few tokens; 0 = plain GPTQ
+    pull: float = 0.0
     # H of q, k and v: of the layer's own output; of the attention's, input side; both sides; both
     # mixed with the plain ones
     hessian: Literal["layer", "attn-in", "attn-kron", "blend"] = "layer"
@@ -83,11 +85,12 @@ class GPTQ(Stage):
                 f"clip = {self.clip} (0..1], damp = {self.damp} >= 0, first = {self.first} [0..1)\n"
                 "correct it in the recipe"
             )
-        if not 0 <= self.drift <= 1 or min(self.head_rows, self.probes) < 1:
+        shares = 0 <= self.drift <= 1 and 0 <= self.pull <= 1
+        if not shares or min(self.head_rows, self.probes) < 1:
             raise ValueError(
                 "gptq: an option is out of range\n"
-                f"drift = {self.drift} [0..1], head_rows = {self.head_rows} >= 1, probes = "
-                f"{self.probes} >= 1\ncorrect it in the recipe"
+                f"drift = {self.drift} [0..1], pull = {self.pull} [0..1], head_rows = "
+                f"{self.head_rows} >= 1, probes = {self.probes} >= 1\ncorrect it in the recipe"
             )
         if self.columns == "activation" and self.groups == "dynamic":
             raise ValueError(
@@ -95,11 +98,12 @@ class GPTQ(Stage):
                 "columns = 'activation' with groups = 'dynamic'\n"
                 "use columns = 'grouped', or groups = 'static'"
             )
-        if self.attentive and (self.drift or self.groups == "dynamic"):
+        if self.attentive and (self.drift or self.pull or self.groups == "dynamic"):
             raise ValueError(
-                "gptq: what the attention sees goes with static groups and without drift\n"
-                f"hessian = {self.hessian!r}, rows = {self.rows!r}, drift = {self.drift}, "
-                f"groups = {self.groups!r}\nuse hessian = 'layer', or drift = 0 and static groups"
+                "gptq: what the attention sees goes with static groups, without drift and pull\n"
+                f"hessian = {self.hessian!r}, rows = {self.rows!r}, drift = {self.drift}, pull = "
+                f"{self.pull}, groups = {self.groups!r}\n"
+                "use hessian = 'layer', or drift = pull = 0 and static groups"
             )
 
     @property
@@ -163,22 +167,20 @@ class GPTQ(Stage):
             some = grids[start : start + step]
             scales = [fit(W, g, importance=weights, shrink=shrinks(self.clip)[::3]) for g in some]
             rule = StackRule(some, scales, W.shape[1])
-            swept = sweep(W.repeat(len(some), 1), U, rule, order=problem.order)
+            many = W.repeat(len(some), 1)
+            swept = sweep(many, U, rule, order=problem.order, pull=self.pull)
             yield from swept.rounded.split(len(W))
 
     def prepare(self, layer: Layer, grid: Grid) -> Problem | None:
         """Weights, factor and order; None, counted, where rounding to nearest must do."""
         hessian = self.seen(layer)
-        H, W = hessian.matrix(), layer.residual()
+        H = hessian.matrix()
         order = visiting_order(H.diagonal(), grid, self.columns)
         factor, damping = hessian.factor(self.damp, order)
         if factor is None or hessian.empty:
             layer.counts["fallbacks"] = layer.counts.get("fallbacks", 0) + 1
             return None
-        moved = hessian.correction(DRIFT_DAMP) if self.drift else None
-        if moved is not None:
-            W = W + self.drift * (W @ moved)
-        W[:, dead_columns(H)] = 0  # inputs that are always zero: any value is right, zero is least
+        W = hessian.target(layer.residual(), self.drift)
         _count(layer, hessian, damping)
         weights = error_weights(H, factor.inner, order, self.importance)
         return Problem(W, H, factor.inner, order, weights)
@@ -196,7 +198,7 @@ class GPTQ(Stage):
         if not fixed:
             owners = order // grid.group
             segments = torch.unique_consecutive(owners, return_counts=True)[1].tolist()
-        swept = sweep(W, problem.U, rule, order=order, segments=segments)
+        swept = sweep(W, problem.U, rule, order=order, segments=segments, pull=self.pull)
         return swept.rounded, rule.scales()
 
     def by_heads(

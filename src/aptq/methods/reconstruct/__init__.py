@@ -1,0 +1,1 @@
+"""Stages that tune blocks, or layers, by gradients."""
