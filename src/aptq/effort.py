@@ -117,6 +117,9 @@ def _seconds(
     # collect for each stage, and advance
     passes = streams(recipe) * (stages + 1) * tokens * 2 * weights
     passes += 10 * measuring * weights  # forward, forward again with gradients, backward
+    windows = tokens // recipe.data.length
+    tuned = sum(stage.passes(windows) for stage in recipe.stages)
+    passes += round(tuned * recipe.data.length) * 2 * weights
     tries = len(candidates(recipe)) + 1 if measuring else 1
     sums = solves = columns_swept = 0
     for name, (out, columns) in model.shapes.items():

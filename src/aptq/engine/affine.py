@@ -20,6 +20,7 @@ from aptq.engine.knobs import Knob
 class AffineKnob(Knob):
     """Rates of 0 leave the weights, the scales or the zeros as they are."""
 
+    steady = True
     latent: Tensor
     gain: Tensor
     zero: Tensor | None

@@ -121,6 +121,11 @@ class Folded(Knobs):
         }
         self.rest: dict[str, Tensor] = {}  # norms and biases as they are folded now
 
+    @property
+    def steady(self) -> bool:
+        """No: the first step folds."""
+        return False
+
     def groups(self) -> list[dict[str, Any]]:
         """Those of the knobs and of the transformations.
 

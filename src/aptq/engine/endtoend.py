@@ -16,7 +16,7 @@ from aptq.engine.layer import Layer
 from aptq.engine.reconstruct import Together, nearest, shares
 from aptq.engine.stage import Stage
 from aptq.engine.tune import Effort, batches, tune
-from aptq.engine.window import batch_of
+from aptq.engine.window import batch_of, held_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,11 @@ class EndToEnd(Stage):
     def reads(self) -> bool:
         """It looks at the calibration windows."""
         return True
+
+    def passes(self, windows: int) -> float:
+        """Forward, forward again with gradients, and backward of every step; the original's."""
+        inside = windows - held_out(windows, batch_of(self.batch, windows), self.held)
+        return 4.0 * (self.steps * self.batch or self.epochs * inside) + windows
 
     @abstractmethod
     def open(self, block: Block) -> Knobs:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ class Knob(nn.Module, ABC):
 
     Its state_dict decides the result: what changes beside parameters belongs into buffers.
     """
+
+    steady: ClassVar[bool] = False  # weight() does the same at every step, whatever Python holds
 
     @abstractmethod
     def weight(self) -> Tensor:
@@ -64,6 +66,11 @@ class Knobs(nn.Module):
         found = vectors(block.module, biases=biases) if norms else {}
         self.norm_names = list(found)
         self.norms = nn.ParameterList(found.values())
+
+    @property
+    def steady(self) -> bool:
+        """Do all knobs do the same at every step?"""
+        return all(knob.steady for knob in self._knobs())
 
     def groups(self) -> list[dict[str, Any]]:
         """torch parameter groups with their rates."""

@@ -69,6 +69,11 @@ class Reconstruct(Stage):
         """Positions are weighted by profiles."""
         return self.rows == "gradient"
 
+    def passes(self, windows: int) -> float:
+        """Forward and backward (twice as much) of every step, the targets, and the checks."""
+        checked = self.checks * held_out(windows, batch_of(self.batch, windows), self.held)
+        return self.blocks * (3.0 * self.steps * self.batch + checked + windows)
+
     def batches(self, windows: int) -> tuple[int, ...]:
         """Batch sizes that blocks will be called with."""
         size = batch_of(self.batch, windows)

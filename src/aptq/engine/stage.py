@@ -52,6 +52,10 @@ class Stage:
         """Does the stage work on the whole compressed model, after the walk: `on_model`?"""
         return False
 
+    def passes(self, windows: int) -> float:
+        """Windows that go through every block besides what `needs` takes, in forward passes."""
+        return 0.0
+
     def batches(self, windows: int) -> tuple[int, ...]:
         """Batch sizes with which `on_blocks` calls blocks itself, of so many windows."""
         return ()

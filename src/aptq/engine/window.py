@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -12,8 +13,10 @@ from torch.func import functional_call
 
 from aptq.core.losses import LOSSES
 from aptq.engine.block import Block
+from aptq.engine.capture import Captured
 from aptq.engine.knobs import Knobs
 from aptq.engine.stream import Stream, storage
+from aptq.model.normalise import Experts
 
 # What the last block should give: the original's output on the original's inputs (error of the
 # blocks before is made up for), on the inputs at hand, or both with equal weight
@@ -50,6 +53,7 @@ class Window:
         self.stream = blocks[0].stream
         self.loss = LOSSES[loss]
         self.weight = _weights(blocks[-1]) if weighted else None
+        self.captured: Captured | None = None
         inputs = enumerate(_inputs(blocks[0], target))
         self.wanted = [self._targets(own, f"target-{number}") for number, own in inputs]
 
@@ -91,7 +95,27 @@ class Window:
         return total / len(self.wanted)
 
     def gradients(self, windows: Tensor, pieces: int) -> Tensor:
-        """Add the gradients of a batch to the knobs' parameters, `pieces` parts of it in turn."""
+        """The loss of a batch, with its gradients in the knobs' parameters, that had none.
+
+        `pieces` parts of it in turn.  On a GPU where all steps are alike they are recorded.
+        """
+        if not self.steady:
+            return self._gradients(windows, pieces)
+        if self.captured is None:
+            found = [p for knobs in self.knobs for p in knobs.parameters()]
+            step = partial(self._gradients, pieces=pieces)
+            self.captured = Captured(step, found, windows, self.stream.device)
+        return self.captured(windows)
+
+    @property
+    def steady(self) -> bool:
+        """Does every step do the same on tensors of the GPU?"""
+        held = [self.stream.hidden, *self.wanted]
+        routed = any(isinstance(m, Experts) for b in self.blocks for m in b.module.modules())
+        steady = all(knobs.steady for knobs in self.knobs)
+        return steady and not routed and all(x.device.type == "cuda" for x in held)
+
+    def _gradients(self, windows: Tensor, pieces: int) -> Tensor:
         total = torch.zeros((), device=self.stream.device)
         for part in windows.chunk(pieces):
             loss = self.distance(self.output(part), part) * (len(part) / len(windows))

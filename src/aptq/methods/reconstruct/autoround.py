@@ -70,6 +70,8 @@ class AutoRound(Reconstruct):
 class Offsets(Knob):
     """A weight whose rounding and ranges may move."""
 
+    steady = True
+
     def __init__(self, stage: AutoRound, layer: Layer, grid: Grid, *start: Tensor) -> None:
         """start: ends of the ranges, lowest <= 0 and highest >= 0 [out, groups]; V [out, in]."""
         super().__init__()
