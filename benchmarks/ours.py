@@ -10,6 +10,7 @@ import argparse
 import cProfile
 import hashlib
 import json
+import math
 import pstats
 import time
 import tomllib
@@ -95,8 +96,34 @@ def calibration_of(recipe: Any) -> dict[str, Any] | None:
     """What the recipe's stages read; None where they need no data."""
     if not any(stage.reads for stage in recipe.stages):
         return None
-    tokens = recipe.data.samples * recipe.data.length
-    return {"file": Path(recipe.data.source).name, "tokens": tokens, "window": recipe.data.length}
+    data = recipe.data
+    found = {"file": Path(data.source).name, "tokens": data.needed, "window": data.length}
+    # tokens that the model writes itself come on top; a key only where there are any
+    return found | ({"written": data.total - data.needed} if data.written else {})
+
+
+def tuned_of(run: Path) -> dict[str, dict[str, Any]]:
+    """What the tuning stages of a run folder logged: stage -> counts and mean losses of blocks.
+
+    start and end are losses on held-out windows, first and last on those that were trained on; a
+    stage for the whole model counts as one block.  None where no loss was finite.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for line in (run / "log.jsonl").read_text("utf-8").splitlines():
+        event = json.loads(line)
+        if event["event"] == "tuned" and "start" in event:
+            found.setdefault(event["stage"], []).append(event)
+
+    def mean(values: list[float]) -> float | None:
+        known = [value for value in values if math.isfinite(value)]
+        return float(f"{sum(known) / len(known):.6g}") if known else None
+
+    return {
+        stage: {"blocks": len(rows), "worse": sum(row["end"] > row["start"] for row in rows)}
+        | {key: sum(row[key] for row in rows) for key in ("kept", "restarts")}
+        | {key: mean([row[key] for row in rows]) for key in ("start", "end", "first", "last")}
+        for stage, rows in found.items()
+    }
 
 
 def compress(

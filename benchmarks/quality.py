@@ -97,7 +97,9 @@ def peer_row(options: argparse.Namespace) -> common.Row:
 def our_row(options: argparse.Namespace, recipe: Any, out: Path) -> common.Row:
     done = ours.compress(options.model, out, recipe, options.device, scores=options.scores)
     print(f"{options.label}: {done['bpw']:.4f} bpw in {done['seconds']} s", flush=True)
-    return done | {"peak_gib": round(common.peak_bytes(options.device) / 2**30, 3)}
+    done |= {"peak_gib": round(common.peak_bytes(options.device) / 2**30, 3)}
+    tuned = ours.tuned_of(out)
+    return done | ({"tuned": tuned} if tuned else {})
 
 
 def main() -> None:

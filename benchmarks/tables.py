@@ -41,8 +41,9 @@ def calibration(row: dict[str, Any]) -> str:
     held = row["calibration"]
     if not held:
         return ""
-    windows = held["tokens"] // held["window"]
-    return f"{held['file'].removesuffix('.txt')} {windows} x {held['window']}"
+    windows, own = (held.get(key, 0) // held["window"] for key in ("tokens", "written"))
+    extra = f" + {own} written" if own else ""
+    return f"{held['file'].removesuffix('.txt')} {windows}{extra} x {held['window']}"
 
 
 def quality(result: dict[str, Any]) -> Table:
@@ -64,6 +65,23 @@ def allocation(result: dict[str, Any]) -> Table:
     """Quality by size, best first; rows of one recipe and several seeds stand together."""
     rows = sorted(result["rows"], key=lambda row: (-round(row["bpw"], 1), next(texts(row))))
     return quality(result | {"rows": rows})
+
+
+def reconstruction(result: dict[str, Any]) -> Table:
+    """As `allocation`, with the losses of the last stage that tuned."""
+    rows = sorted(result["rows"], key=lambda row: (-round(row["bpw"], 1), next(texts(row))))
+    names, lines = quality(result | {"rows": rows})
+    for row, line in zip(rows, lines, strict=True):
+        stage, losses = (list(row.get("tuned", {}).items()) or [("", {})])[-1]
+        pairs = [
+            [losses.get(key) for key in ends] for ends in (("start", "end"), ("first", "last"))
+        ]
+        shown = [
+            " to ".join("?" if value is None else f"{value:.3g}" for value in pair)
+            for pair in pairs
+        ]
+        line += [stage, *(shown if stage else ("", ""))]
+    return (*names, "tuned last", "held-out loss", "training loss"), lines
 
 
 def texts(row: dict[str, Any]) -> Iterator[float]:
@@ -139,6 +157,7 @@ def greedy(result: dict[str, Any]) -> Table:
 KINDS: dict[str, Callable[[dict[str, Any]], Table]] = {
     "quality": quality,
     "allocation": allocation,
+    "reconstruction": reconstruction,
     "validation": quality,
     "compress_time": compress_time,
     "profile": profile,

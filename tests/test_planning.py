@@ -121,3 +121,20 @@ def test_the_originals_stream_is_counted() -> None:
     """Drift needs the hidden states of the uncompressed model beside those at hand."""
     assert streams(Recipe.load("aptq")) == 2
     assert streams(Recipe.load("fast")) == 1
+
+
+def test_what_tuning_takes_is_counted(model: Model) -> None:
+    """Targets and copies of streams on the disk, latents in memory, steps in time."""
+    stage, wide, whole = (
+        "[[stage]]\nuse = 'efficientqat'\nsteps = 50\n",
+        "blocks = 2\ntarget = 'both'\n",
+        "[[stage]]\nuse = 'e2e_qp'\nweights = 0.001\n",
+    )
+    one, two, end = (recipe("", text) for text in (stage, stage + wide, stage + whole))
+    assert [streams(x) for x in (one, two, end)] == [3, 6, 3]
+    plan = choose(model, recipe("", "[[stage]]\nuse = 'rtn'\n"))
+    found = [effort(model, x, plan.plan, plan.nbytes, CPU) for x in (one, two, end)]
+    assert found[0].seconds < found[1].seconds
+    assert found[0].seconds < found[2].seconds
+    assert found[0].parts["tuning"] * 2 == found[1].parts["tuning"]
+    assert found[2].parts["tuning"] > found[0].parts["tuning"]

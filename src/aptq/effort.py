@@ -10,10 +10,18 @@ from dataclasses import dataclass
 import torch
 
 from aptq.core.plan import Plan
+from aptq.engine.stage import Stage
 from aptq.engine.stream import batch_windows
-from aptq.engine.tape import tape_bytes
 from aptq.model.model import Model
-from aptq.planning import candidates, measuring_data, streams, wants_profiles, wants_scores
+from aptq.planning import (
+    candidates,
+    measuring_bytes,
+    measuring_data,
+    moving,
+    streams,
+    wants_profiles,
+    wants_scores,
+)
 from aptq.recipe import Recipe
 
 PROGRAM = 300 << 20  # bytes of anonymous memory after the imports, tokenizer included (measured)
@@ -59,7 +67,7 @@ def effort(model: Model, recipe: Recipe, plan: Plan, nbytes: int, device: torch.
     states = streams(recipe) * tokens * width * model.dtype.itemsize
     parts = _memory(model, recipe, plan, device)
     parts["hidden states"] = states
-    tape = tape_bytes(model, some) if backward else 0
+    tape = measuring_bytes(model, recipe, measured) if backward else 0
     return Effort(
         memory=sum(parts.values()),
         disk=nbytes + max(states, tape),
@@ -79,10 +87,29 @@ def _memory(model: Model, recipe: Recipe, plan: Plan, device: torch.device) -> d
     inner = max(max(shape) for shape in model.shapes.values())
     parts["activations of a batch"] = rows * (4 * config.hidden_size + 3 * inner)
     parts["activations of a batch"] *= model.dtype.itemsize
+    parts["tuning"] = round(max(stage.tuning * _tuned(model, stage) for stage in recipe.stages))
     outer = sum(math.prod(shape) for shape in model.outer_shapes.values())
     if device.type == "cuda":  # on a CPU they are mapped from the source
         parts["embedding and head"] = outer * model.dtype.itemsize
     return parts
+
+
+def _tuned(model: Model, stage: Stage) -> int:
+    """Most weights that a stage tunes at a time."""
+    sizes = [
+        sum(math.prod(model.shapes[x]) for group in model.groups(i) for x in group.layers.values())
+        for i in range(model.blocks)
+    ]
+    return sum(sizes) if stage.whole else stage.window[0] * max(sizes)
+
+
+def _walk(recipe: Recipe, tokens: int) -> int:
+    """Tokens that go through every block in one walk: for each stage's statistics, to advance, and
+    in tuning.
+    """
+    stages = sum(stage.reads for stage in recipe.stages)
+    tuned = sum(stage.passes(tokens // recipe.data.length) for stage in recipe.stages)
+    return moving(recipe) * (stages + 1) * tokens + round(tuned * recipe.data.length)
 
 
 def _block(model: Model, recipe: Recipe, plan: Plan, index: int) -> dict[str, int]:
@@ -114,13 +141,11 @@ def _seconds(
         rates, cores = CPU_CORE, torch.get_num_threads()
     weights = sum(math.prod(shape) for shape in model.shapes.values())
     stages = sum(stage.reads for stage in recipe.stages)
-    # collect for each stage, and advance
-    passes = streams(recipe) * (stages + 1) * tokens * 2 * weights
+    passes = _walk(recipe, tokens) * 2 * weights
     passes += 10 * measuring * weights  # forward, forward again with gradients, backward
-    windows = tokens // recipe.data.length
-    tuned = sum(stage.passes(windows) for stage in recipe.stages)
-    passes += round(tuned * recipe.data.length) * 2 * weights
     tries = len(candidates(recipe)) + 1 if measuring else 1
+    if measuring and recipe.measure is not None and recipe.measure.tuned:
+        passes += (tries - 1) * _walk(recipe, measuring) * 2 * weights
     sums = solves = columns_swept = 0
     for name, (out, columns) in model.shapes.items():
         if stages and not plan.targets[name].kept:

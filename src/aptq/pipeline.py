@@ -18,16 +18,15 @@ from aptq.core.scores import Scores
 from aptq.engine.data import Batches, Data, check_source, limits_of, tokens
 from aptq.engine.judge import profiles_of
 from aptq.engine.stream import Where
-from aptq.engine.tape import tape_bytes
 from aptq.making import make
 from aptq.model.model import Model
 from aptq.outlook import Outlook, look
 from aptq.planner import Choice
-from aptq.planning import blank, choose, measuring_data, streams, wants_profiles, wants_scores
+from aptq.planning import blank, choose, measuring_bytes, streams, wants_profiles, wants_scores
 from aptq.recipe import Recipe
 from aptq.report import card, summary
 from aptq.report.summary import Summary
-from aptq.runfolder import RunFolder, budget_folder
+from aptq.runfolder import RunFolder, budget_folder, reserve
 from aptq.runtime.generate import sample
 from aptq.runtime.open import find_device, original
 from aptq.scoring import measure_profiles, score
@@ -90,6 +89,7 @@ def measure(
     report(f"calibration: {batches}")
     work = Work(model, batches, on, activations, report=report)
     with TemporaryDirectory(dir=path.parent, prefix=path.name) as folder:
+        reserve(Path(folder), measuring_bytes(model, chosen, True))
         scores = score(work, chosen, Path(folder))
     scores.save(path)
     return scores
@@ -177,8 +177,7 @@ def _measured(
     """Scores where they are wanted; profiles in `work` where a stage weights rows by them."""
     missing = wants_profiles(recipe) and profiles_of(scores) is None
     if work.batches is not None and (scoring or missing):
-        tokens = measuring_data(recipe.data).needed
-        run.reserve(tape_bytes(work.model, tokens))
+        run.reserve(measuring_bytes(work.model, recipe, scoring))
         scores = score(work, recipe, run.work) if scoring else scores
     work.profiles = profiles_of(scores)
     if wants_profiles(recipe) and work.profiles is None:
@@ -218,7 +217,7 @@ def _check_measure(recipe: Recipe) -> None:
             "there is nothing to choose by\nthe recipe has no [measure] table\n"
             "add one with use = 'fisher', say, or give --scores FILE"
         )
-    recipe.measure.check(["outer = true"] if recipe.outer else [])
+    recipe.measure.check(["outer = true"] if recipe.outer else [], recipe.stages)
 
 
 def _open(source: str | Path, revision: str | None, report: Report) -> Model:
@@ -257,9 +256,12 @@ def _calibration(
     """Calibration windows; where the model writes some the whole original is loaded for it."""
 
     def sampler(samples: int, length: int, seed: int, starts: Tensor | None) -> Tensor:
-        report(f"the model writes {samples} x {length} tokens")
         writer = original(source, device, revision=revision)
         bos = writer.tokenizer.bos_token_id
-        return sample(writer.model, samples, length, seed, bos=bos, starts=starts)
+
+        def show(done: int, total: int) -> None:
+            report(Step("write windows", done, total))
+
+        return sample(writer.model, samples, length, seed, bos=bos, starts=starts, report=show)
 
     return tokens(data, model.tokenizer, limits=limits_of(model.config), sampler=sampler)

@@ -12,6 +12,8 @@ from aptq.core.scores import Scores
 from aptq.core.search import Room
 from aptq.core.units import Wishes, coupled
 from aptq.engine.data import Data
+from aptq.engine.measure import exact
+from aptq.engine.tape import tape_bytes
 from aptq.footprint import weight_bytes, weight_limit
 from aptq.model.model import Model
 from aptq.planner import CANDIDATES, Choice, Planner, uniform
@@ -42,8 +44,8 @@ def wants_profiles(recipe: Recipe) -> bool:
     return any(stage.weighted for stage in recipe.stages)
 
 
-def streams(recipe: Recipe) -> int:
-    """Streams of hidden states through the blocks: a second one where stages see the original's.
+def moving(recipe: Recipe) -> int:
+    """Streams through the blocks: that of the original too where stages see it.
 
     Where blocks are tuned together, the newest of them has streams of its own.
     """
@@ -51,10 +53,27 @@ def streams(recipe: Recipe) -> int:
     return (1 + any(stage.original for stage in recipe.stages)) * (1 + together)
 
 
+def streams(recipe: Recipe) -> int:
+    """Copies of the hidden states of all windows: those that move, and targets."""
+    return moving(recipe) + max(stage.targets for stage in recipe.stages)
+
+
 def measuring_data(data: Data) -> Data:
     """The first windows, so many that measuring stays cheap beside compressing."""
     most = max(2, MEASURED // data.length)  # two, so that their difference tells the noise
     return replace(data, samples=min(data.samples, most), written=0)
+
+
+def measuring_bytes(model: Model, recipe: Recipe, scoring: bool) -> int:
+    """Most bytes that measuring keeps on the disk: for profiles a walk's tape, and if `scoring` the
+    layers of all candidates where the recipe's measure walks them.
+    """
+    tape = tape_bytes(model, measuring_data(recipe.data).needed)
+    if not scoring or recipe.measure is None or not recipe.measure.tuned:
+        return tape
+    kept, lossy = kept_names(model, recipe), [t for t in candidates(recipe) if not exact(t)]
+    shapes = [shape for name, shape in model.shapes.items() if name not in kept]
+    return tape + sum(target.nbytes(shape) for target in lossy for shape in shapes)
 
 
 def grids(recipe: Recipe) -> tuple[Grid, ...]:

@@ -57,12 +57,7 @@ class RunFolder:
 
     def reserve(self, nbytes: int) -> None:
         """Raise Shortage unless the disk has room for `nbytes` and a tenth more."""
-        free = shutil.disk_usage(self.path).free
-        if free < 1.1 * nbytes:
-            raise Shortage(
-                f"the disk is too full\n{self.path}: {int(1.1 * nbytes):,} bytes needed, "
-                f"{free:,} free\nfree some space or choose another --out"
-            )
+        reserve(self.path, nbytes)
 
     def log(self, event: str, values: Mapping[str, Any]) -> None:
         """Append one line to log.jsonl."""
@@ -81,6 +76,16 @@ class RunFolder:
             os.fsync(parent)  # the rename itself survives a power cut
         finally:
             os.close(parent)
+
+
+def reserve(folder: Path, nbytes: int) -> None:
+    """Raise Shortage unless the disk of `folder` has room for `nbytes` and a tenth more."""
+    free = shutil.disk_usage(folder).free
+    if free < 1.1 * nbytes:
+        raise Shortage(
+            f"the disk is too full\n{folder}: {int(1.1 * nbytes):,} bytes needed, "
+            f"{free:,} free\nfree some space or choose another --out"
+        )
 
 
 def budget_folder(out: Path, budget: str, *, alone: bool) -> Path:

@@ -26,7 +26,8 @@ def score(work: Work, recipe: Recipe, folder: Path) -> Scores:
     measure, model = recipe.measure, work.model
     assert measure is not None, "the recipe measures nothing"
     profiles = None
-    if wants_profiles(recipe) and not measure.backward:  # else it finds them on its way
+    # else it finds them on its way, which is too late for walks before it
+    if wants_profiles(recipe) and (measure.tuned or not measure.backward):
         profiles = measure_profiles(work, recipe, folder)
     subject = Subject(
         model=model,
@@ -38,7 +39,7 @@ def score(work: Work, recipe: Recipe, folder: Path) -> Scores:
         targets=candidates(recipe),
         names=frozenset(choosable(model, recipe).keys() - kept_names(model, recipe).keys()),
         seed=recipe.seed,
-        report=lambda done: work.show("measure", done),
+        report=lambda done: work.show(done.phase or "measure", done),
         profiles=profiles,
         order=recipe.order,
     )

@@ -18,10 +18,15 @@ ROUNDING = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
 def off(y: Tensor, x: Tensor, part: Part, bias: Tensor | None = None) -> float:
-    """Relative distance of y to the exact product."""
-    exact = x.double() @ part.dense().double().T
+    """Distance of y to the exact product, as a share of it.
+
+    Of what it would be without cancellation where terms cancel: a single output may come near 0.
+    """
+    weight = part.dense().double()
+    exact = x.double() @ weight.T
     exact = exact if bias is None else exact + bias.double()
-    return float((y.double() - exact).norm() / exact.norm().clamp_min(1e-12))
+    usual = (x.double().square() @ weight.square().T).sqrt().norm().clamp_min(1e-12)
+    return float((y.double() - exact).norm() / exact.norm().maximum(usual))
 
 
 def kernels_for(part: Part, dtype: torch.dtype) -> list[type[Kernel]]:

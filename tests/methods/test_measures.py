@@ -282,7 +282,7 @@ def test_kl_needs_the_model_in_memory(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = measure("kl")
-    monkeypatch.setitem(type(made).run.__globals__, "free_bytes", lambda device: 1000)
+    monkeypatch.setitem(type(made).tabulate.__globals__, "free_bytes", lambda device: 1000)
     with pytest.raises(Shortage, match="1,000 free"):
         made.run(subject(folder, tmp_path))
     with pytest.raises(ValueError, match="no candidate"):

@@ -50,6 +50,16 @@ class EndToEnd(Stage):
         """It looks at the calibration windows."""
         return True
 
+    @property
+    def targets(self) -> int:
+        """The original's last hidden states."""
+        return 1
+
+    @property
+    def tuning(self) -> float:
+        """The block as it is opened: float32 weight, latent, and what it runs with."""
+        return 10.0
+
     def passes(self, windows: int) -> float:
         """Forward, forward again with gradients, and backward of every step; the original's."""
         inside = windows - held_out(windows, batch_of(self.batch, windows), self.held)

@@ -13,7 +13,7 @@ from torch import Tensor
 from aptq.core.scores import Scores
 from aptq.engine.backward import Labels, Observed, backward_walk
 from aptq.engine.layer import Layer
-from aptq.engine.measure import Findings, Measure, Subject, errors
+from aptq.engine.measure import Findings, Measure, Subject
 from aptq.engine.outer_fisher import OuterFisher
 from aptq.engine.stat import Stat
 from aptq.engine.stream import sliced
@@ -50,9 +50,8 @@ class Local(Measure):
         """What is shown the data again, if `twice`; `score` then reads it from `layer.stats`."""
         raise NotImplementedError
 
-    def run(self, subject: Subject) -> Scores:
+    def tabulate(self, subject: Subject) -> Scores:
         """One walk over the blocks."""
-        self.check(subject.outside)
         found = Findings()
         if self.backward:
             self._backward(subject, found)
@@ -111,7 +110,7 @@ class Local(Measure):
 
         for some in sliced(layers, held, subject.device) if self.twice else [layers]:
             if self.twice:
-                changes = {x.name: list(errors(x, subject.targets, subject.stages)) for x in some}
+                changes = {x.name: list(subject.errors(x)) for x in some}
                 block.observe({name: [self.watch(dWs)] for name, dWs in changes.items()}, some)
                 del changes
             self._score(subject, some, found)
@@ -119,8 +118,7 @@ class Local(Measure):
     def _score(self, subject: Subject, layers: Sequence[Layer], found: Findings) -> None:
         """Score layers that have their statistics, and free these."""
         for layer in layers:
-            changes = errors(layer, subject.targets, subject.stages)
-            found.add(layer, self.score(subject, layer, changes))
+            found.add(layer, self.score(subject, layer, subject.errors(layer)))
         for layer in layers:
             for stat in layer.stats.values():
                 stat.forget()

@@ -2,11 +2,16 @@
 
 The error dW = Q - W of a candidate is made by the recipe's own stages, from the same statistics
 that they will compress with; a loss of a plan is the sum of its layers' losses.
+
+Stages that tune blocks leave their trace in it only where every candidate is walked (`tuned`): its
+uniform plan through all stages but those for the whole model.  What they do to a layer also makes
+up for the errors of others, in its block and before it.  A loss of one layer in the uncompressed
+model has no term for that and counts it as damage; norms and biases that moved are not in it.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -18,11 +23,12 @@ from aptq.core.plan import Plan, Target
 from aptq.core.profile import Profiles
 from aptq.core.scores import Scores, Table
 from aptq.engine.block import Block, Order
+from aptq.engine.finished import Finished
 from aptq.engine.layer import Layer
 from aptq.engine.stage import Stage, methods
 from aptq.engine.stat import Stat
 from aptq.engine.stream import Stream, Where, open_stream
-from aptq.engine.walk import Progress
+from aptq.engine.walk import Progress, walk
 from aptq.model.model import Model
 
 
@@ -41,7 +47,8 @@ class Subject:
     seed: int = 0
     report: Callable[[Progress], None] | None = None
     profiles: Profiles | None = None  # weights of rows for stages that ask for them
-    order: Order = "block"  # of the walk that judges whole plans
+    order: Order = "block"  # of walks with whole plans
+    finished: Finished | None = None  # layers of all candidates, where these were walked
 
     def __post_init__(self) -> None:
         known = self.model.shapes.keys() | self.model.outer_shapes.keys()
@@ -77,8 +84,36 @@ class Subject:
         return self.targets[below[len(below) // 2]]
 
     def needs(self) -> tuple[Stat, ...]:
-        """What the stages want to see."""
+        """What the stages want to see: nothing where they have done their work."""
+        if self.finished is not None:
+            return ()
         return tuple(dict.fromkeys(need for stage in self.stages for need in stage.needs()))
+
+    def errors(self, layer: Layer) -> Iterator[Tensor]:
+        """dW of every candidate, of the walks or by `errors`."""
+        return errors(layer, self.targets, self.stages, self.finished)
+
+    @contextmanager
+    def walked(self) -> Iterator["Subject"]:
+        """The subject with all candidates below 16 bits finished, as long as it is open."""
+        targets = dict.fromkeys(target for target in self.targets if not exact(target))
+        finished = Finished(self.folder)
+        try:
+            for number, target in enumerate(targets, start=1):
+                self._walk(target, finished, f"candidate {number} of {len(targets)}")
+            yield replace(self, finished=finished)
+        finally:
+            finished.close()
+
+    def _walk(self, target: Target, finished: Finished, phase: str) -> None:
+        def report(done: Progress) -> None:
+            if self.report is not None:
+                self.report(replace(done, phase=phase))
+
+        stream, plan, sink = self.stream(), self.plan(target), finished.keep
+        model, stages, order, profiles = self.model, self.stages, self.order, self.profiles
+        walk(model, stream, stages, plan, order=order, sink=sink, report=report, profiles=profiles)
+        stream.close()
 
     def stream(self, name: str = "hidden") -> Stream:
         """The windows, embedded; `name` is that of the file if they do not fit in memory."""
@@ -105,14 +140,24 @@ def exact(target: Target) -> bool:
     return target.kept or (target.grid is not None and target.grid.dense)
 
 
-def errors(layer: Layer, targets: Sequence[Target], stages: Sequence[Stage]) -> Iterator[Tensor]:
+def errors(
+    layer: Layer,
+    targets: Sequence[Target],
+    stages: Sequence[Stage],
+    finished: Finished | None = None,
+) -> Iterator[Tensor]:
     """dW = Q - W float32 [out, in] for each target, made by the stages from `layer.stats`.
 
     Exactly 0 where a 16-bit target stores the weight as it is.  What the stages count is added to
-    `layer.counts`.
+    `layer.counts`.  Where all is `finished` the stages are not asked.
     """
     lossy = [target for target in targets if not exact(target)]
-    made = stages[0].attempt(layer, lossy) if len(stages) == 1 else _made(layer, lossy, stages)
+    if finished is not None:
+        made: Iterator[Tensor] = (finished.dense(layer, target) for target in lossy)
+    elif len(stages) == 1:
+        made = stages[0].attempt(layer, lossy)
+    else:
+        made = _made(layer, lossy, stages)
     for target in targets:
         if target.kept:
             yield torch.zeros_like(layer.weight)
@@ -178,12 +223,43 @@ class Measure(Stage, ABC):
     backward: ClassVar[bool] = False  # does it read output gradients, and so finds profiles?
     outer: ClassVar[bool] = False  # can it score the embedding and the head?
 
-    @abstractmethod
+    # errors as stages that tune blocks leave them: a walk with every candidate.  Off, for it takes
+    # as long as compressing once for each
+    tuned: bool = False
+
+    @property
+    def compares(self) -> bool:
+        """Do its numbers depend on the candidates' errors?"""
+        return True
+
     def run(self, subject: Subject) -> Scores:
         """Score every layer of the subject at every candidate.  Raises ValueError as `check`."""
+        self.check(subject.outside, subject.stages)
+        with subject.walked() if self.tuned else nullcontext(subject) as ready:
+            return self.tabulate(ready)
 
-    def check(self, outside: Sequence[str]) -> None:
-        """Raise ValueError where layers `outside` the blocks are asked for and it knows none."""
+    @abstractmethod
+    def tabulate(self, subject: Subject) -> Scores:
+        """The scores of a subject that was checked and, if `tuned`, walked."""
+
+    def check(self, outside: Sequence[str], stages: Sequence[Stage] = ()) -> None:
+        """Raise ValueError where layers `outside` the blocks are asked for and it knows none.
+
+        Also where it is `tuned` and has no use for errors, or stages whose Q - W is none.
+        """
+        if self.tuned and not self.compares:
+            raise ValueError(
+                f"measure {methods.name_of(type(self))!r} has no use for tuned = true\n"
+                "that walks every candidate for its errors, and this table does not depend on them"
+                "\nuse fisher, or set tuned = false"
+            )
+        folding = [stage.name for stage in stages if stage.folds]
+        if self.tuned and folding:
+            raise ValueError(
+                f"errors behind {folding[0]} cannot be measured with tuned = true\n"
+                "it scales weights against what they read: Q - W is no error of the original\n"
+                "leave out that stage or its transformation, or set tuned = false"
+            )
         if outside and not self.outer:
             raise ValueError(
                 f"measure {methods.name_of(type(self))!r} knows layers inside the blocks only\n"
@@ -219,39 +295,3 @@ class Measure(Stage, ABC):
             "device": subject.device.type,
             "counts": ", ".join(f"{name} {value:g}" for name, value in sorted(counts.items())),
         }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rule(Measure):
-    """Base of controls that know shapes, roles and places only: weights * 4^(worth - bits).
-
-    The squared step of a grid falls by 4 with each bit.
-    """
-
-    unit: ClassVar[Literal["nats", "relative"]] = "relative"
-
-    def worth(self, role: str, block: int, blocks: int) -> float:
-        """Bits that a layer deserves beyond others."""
-        return 0.0
-
-    def run(self, subject: Subject) -> Scores:
-        """No data is read."""
-        self.check(subject.outside)
-        model, losses = subject.model, {}
-        for index in range(model.blocks):
-            for group in model.groups(index):
-                for role, name in group.layers.items():
-                    scale = math.prod(model.shapes[name]) * 4 ** self.worth(
-                        role, index, model.blocks
-                    )
-                    if name in subject.names:
-                        losses[name] = tuple(scale * step(target) for target in subject.targets)
-        noise = {name: (0.0,) * len(subject.targets) for name in losses}
-        texts = tuple(map(str, subject.targets))
-        record = self.record(replace(subject, ids=subject.ids[:0]), {})
-        return Scores(methods.name_of(type(self)), self.unit, texts, losses, noise, record=record)
-
-
-def step(target: Target) -> float:
-    """Squared step of a target's grids over the range, 4^-bits; 0 at 16 bits."""
-    return 0.0 if exact(target) else 4.0 ** -sum(part.grid.bits for part in target.parts)

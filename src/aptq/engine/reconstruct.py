@@ -69,6 +69,16 @@ class Reconstruct(Stage):
         """Positions are weighted by profiles."""
         return self.rows == "gradient"
 
+    @property
+    def targets(self) -> int:
+        """What the original blocks give, for each kind of input."""
+        return 2 if self.target == "both" else 1
+
+    @property
+    def tuning(self) -> float:
+        """Float32 latent, gradient, two moments, the best of both ends, and the soft weight."""
+        return 28.0
+
     def passes(self, windows: int) -> float:
         """Forward and backward (twice as much) of every step, the targets, and the checks."""
         checked = self.checks * held_out(windows, batch_of(self.batch, windows), self.held)

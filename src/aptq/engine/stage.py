@@ -52,6 +52,21 @@ class Stage:
         """Does the stage work on the whole compressed model, after the walk: `on_model`?"""
         return False
 
+    @property
+    def folds(self) -> bool:
+        """Does the stage change the weights that a layer's parts shall add up to?"""
+        return False
+
+    @property
+    def targets(self) -> int:
+        """Copies of the hidden states of all windows that the stage makes for itself."""
+        return 0
+
+    @property
+    def tuning(self) -> float:
+        """Bytes for each weight of the blocks that are tuned together, besides their own."""
+        return 0.0
+
     def passes(self, windows: int) -> float:
         """Windows that go through every block besides what `needs` takes, in forward passes."""
         return 0.0

@@ -21,6 +21,7 @@ class Progress:
     block: int
     blocks: int
     seconds: float  # of this block
+    phase: str = ""  # which walk it is, where a step takes several
 
 
 def reported(

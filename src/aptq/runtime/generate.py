@@ -1,6 +1,6 @@
 """Token by token generation with a private generator: for `aptq generate` and for sampled data."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -54,11 +54,13 @@ def sample(
     bos: int | None,
     starts: Tensor | None = None,
     batch: int | None = None,
+    report: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Tensor:
     """Windows int64 [samples, length] that the model itself writes at temperature 1.
 
     Every window goes on from its row of `starts` [samples, n], else from `bos`, or from a token
     drawn uniformly where the model has none.  batch: windows at once; what a GPU has room for.
+    report gets the numbers of tokens, drawn and in all.
     """
     generator = torch.Generator().manual_seed(seed)
     rows = model.config.get_text_config().vocab_size
@@ -66,16 +68,19 @@ def sample(
     if starts is None:
         starts = torch.randint(0, rows, (samples, 1), generator=generator)
         starts = starts if bos is None else torch.full_like(starts, bos)
-    windows = []
+    windows, left, done = [], length - starts.shape[1], 0
     for first in starts.split(batch):
-        left = length - first.shape[1]
-        drawn = stream(model, first, left, temperature=1.0, generator=generator)
-        windows.append(torch.cat([first, *(token[:, None] for token in drawn)], 1).cpu())
+        drawn = [first]
+        for token in stream(model, first, left, temperature=1.0, generator=generator):
+            drawn.append(token[:, None])
+            done += len(token)
+            report(done, samples * left)
+        windows.append(torch.cat(drawn, 1).cpu())
     return torch.cat(windows)
 
 
 def _batch(model: PreTrainedModel, length: int) -> int:
-    """Windows at once: 32 on a CPU; on a GPU 256 where half of what is free holds their cache."""
+    """Windows at once: 32 on a CPU; on a GPU 512 where half of what is free holds their cache."""
     if model.device.type != "cuda":
         return 32
     config = model.config.get_text_config()
@@ -83,7 +88,7 @@ def _batch(model: PreTrainedModel, length: int) -> int:
     heads = known.get("num_key_value_heads") or config.num_attention_heads
     size = known.get("head_dim") or config.hidden_size // config.num_attention_heads
     cache = 2 * config.num_hidden_layers * heads * size * length * model.dtype.itemsize
-    return max(1, min(256, torch.cuda.mem_get_info(model.device)[0] // (2 * cache)))
+    return max(1, min(512, torch.cuda.mem_get_info(model.device)[0] // (2 * cache)))
 
 
 def write(

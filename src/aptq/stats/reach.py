@@ -70,6 +70,11 @@ class Folding(Reconstruct):
                 f"{self.scales} >= 0; power = {self.power} [0..1]\ncorrect it in the recipe"
             )
 
+    @property
+    def folds(self) -> bool:
+        """Weights are scaled where any pair is."""
+        return bool(self.kinds())
+
     def kinds(self) -> tuple[Kind, ...]:
         """Pairs that are transformed.
 

@@ -1,6 +1,6 @@
 """Write a checkpoint shard by shard, and read one back without trusting it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from aptq.core.parts import PARTS, Dense, Part, Spec
-from aptq.core.plan import Plan
+from aptq.core.plan import Plan, Target
 from aptq.model.model import Model
 from aptq.store.headers import hash_file, misfit, publish, read_specs, spec_of, tensor_chunks
 from aptq.store.manifest import NAME, Manifest, corrupt, read_json
@@ -136,22 +136,27 @@ class Checkpoint:
         target, shape = self.plan.targets[name], self.manifest.shapes[name]
         if target.kept:
             return [Dense(self.tensor(f"{name}.weight"))]
-        parts: list[Part] = []
-        for number, spec in enumerate(target.parts):
-            kind = "dense" if spec.grid.dense else "quantized"
-            meta = {"type": kind} if spec.grid.dense else {"type": kind, "grid": str(spec.grid)}
-            prefix = f"{name}.parts.{number}."
-            names = [
-                entry for entry in layer_specs(name, target, shape) if entry.startswith(prefix)
-            ]
-            tensors = {entry.removeprefix(prefix): self.tensor(entry) for entry in names}
-            parts.append(PARTS[kind].load(tensors, meta, shape))
-        return parts
+        return layer_parts(name, target, shape, self.tensor)
 
     def dense(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [out, in] of a linear of the plan: the sum of its parts."""
         first, *others = (part.dense() for part in self.layer(name))
         return sum(others, start=first).to(dtype)
+
+
+def layer_parts(
+    name: str, target: Target, shape: tuple[int, int], read: Callable[[str], Tensor]
+) -> list[Part]:
+    """The parts of a layer from its stored tensors, which `read` gives by full name."""
+    parts: list[Part] = []
+    for number, spec in enumerate(target.parts):
+        kind = "dense" if spec.grid.dense else "quantized"
+        meta = {"type": kind} if spec.grid.dense else {"type": kind, "grid": str(spec.grid)}
+        prefix = f"{name}.parts.{number}."
+        names = [entry for entry in layer_specs(name, target, shape) if entry.startswith(prefix)]
+        tensors = {entry.removeprefix(prefix): read(entry) for entry in names}
+        parts.append(PARTS[kind].load(tensors, meta, shape))
+    return parts
 
 
 def find(folder: str | Path) -> Path:

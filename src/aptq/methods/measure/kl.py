@@ -18,7 +18,7 @@ from aptq.core.scores import Scores
 from aptq.engine.block import Block
 from aptq.engine.judge import compare, reference
 from aptq.engine.layer import Layer
-from aptq.engine.measure import Findings, Measure, Subject, errors
+from aptq.engine.measure import Findings, Measure, Subject
 from aptq.engine.stage import methods
 from aptq.engine.stream import Stream, free_bytes
 from aptq.engine.tail import PIECE
@@ -38,9 +38,8 @@ class KL(Measure):
     base: str = ""  # their grid around a plan; "" = the candidate in the middle by size
     windows: int = 8  # first windows that the divergence is measured on
 
-    def run(self, subject: Subject) -> Scores:
+    def tabulate(self, subject: Subject) -> Scores:
         """Layers times candidates evaluations, each of half the model on average."""
-        self.check(subject.outside)
         base, model = self._base(subject), subject.model
         seen = replace(subject, ids=subject.ids[: self.windows])
         _check_room(subject, seen)
@@ -56,7 +55,7 @@ class KL(Measure):
                 if layers:
                     block.collect(subject.needs(), group)
                 for layer in layers:
-                    changes = errors(layer, subject.targets, subject.stages)
+                    changes = subject.errors(layer)
                     found.add(layer, resident.score(block, layer, changes, self.around == "plan"))
                     layer.stats.clear()
             stream.advance(index, module)

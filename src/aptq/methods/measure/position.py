@@ -5,7 +5,7 @@ The rule of ExLlamaV3 (conversion/allocation.py), made a table: loss = weights *
 
 from dataclasses import dataclass
 
-from aptq.engine.measure import Rule
+from aptq.engine.rule import Rule
 from aptq.engine.stage import methods
 
 # Mean of the extra bits that ExLlamaV3's permutations give: q k v o 0000 0010 0020 0111 0121 1221,

@@ -35,6 +35,11 @@ class Trace(Local):
     mlp: bool = False  # with attn-in: gate and up by the output of their MLP, like down
     weigh: Literal["none", "error"] = "none"  # what the trace is multiplied by
 
+    @property
+    def compares(self) -> bool:
+        """The trace itself knows no candidate."""
+        return self.weigh == "error"
+
     def needs(self) -> tuple[Stat, ...]:
         """Second moments of the inputs, or the attention's."""
         if self.hessian == "layer":

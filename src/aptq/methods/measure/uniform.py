@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from aptq.engine.measure import Rule
+from aptq.engine.rule import Rule
 from aptq.engine.stage import methods
 
 

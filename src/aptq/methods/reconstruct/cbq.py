@@ -140,7 +140,7 @@ class LowRank(ChoiceKnob):
         return self.stage.penalty * undecided(rectified(self.logits()), beta)
 
     def groups(self) -> list[dict[str, Any]]:
-        """Factors and scales; a mean over many tokens and features has tiny gradients."""
+        """Factors and scales."""
         return [
             {"params": list(self.factors), "lr": self.stage.rounding},
             {"params": [self.factor], "lr": self.stage.scales},

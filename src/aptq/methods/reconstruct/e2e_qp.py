@@ -25,6 +25,11 @@ class EndToEndScales(EndToEnd):
     weights: float = 0.0  # rate of the weights in steps of their grid; 0 = codes stay, the paper's
     zeros: float = 0.0  # rate of the zeros in steps; 0 = they stay, the paper's
 
+    @property
+    def tuning(self) -> float:
+        """Latents that are trained have a gradient, two moments and copies too."""
+        return super().tuning + (20.0 if self.weights else 0.0)
+
     def open(self, block: Block) -> Knobs:
         """All quantized layers of the block."""
         found = {}

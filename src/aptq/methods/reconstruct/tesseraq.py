@@ -105,11 +105,11 @@ class Progressive(ChoiceKnob):
             self.rounding.copy_(hardened(self.rounding, soft_share(turn, turns)))
 
     def groups(self) -> list[dict[str, Any]]:
-        """Logits and scales; a mean over many tokens and features has tiny gradients."""
+        """Logits and scales."""
         rounding, scales, decay = self.rates
         return [
-            {"params": [self.rounding], "lr": rounding, "eps": 1e-15},
-            {"params": [self.factor], "lr": scales, "eps": 1e-15, "weight_decay": decay},
+            {"params": [self.rounding], "lr": rounding},
+            {"params": [self.factor], "lr": scales, "weight_decay": decay},
         ]
 
 
