@@ -15,6 +15,8 @@ from aptq.failures import Infeasible
 from aptq.model.model import Model
 from aptq.planning import blank, candidates, choose, grids, measuring_data, streams, wants_scores
 from aptq.recipe import Recipe
+from aptq.terminal import Display
+from aptq.work import Step
 from tests.tiny import tiny_model
 
 TABLES = "[allocate]\nuse = 'milp'\n[measure]\nuse = 'error'\n[[stage]]\nuse = 'gptq'\n"
@@ -138,3 +140,14 @@ def test_what_tuning_takes_is_counted(model: Model) -> None:
     assert found[0].seconds < found[2].seconds
     assert found[0].parts["tuning"] * 2 == found[1].parts["tuning"]
     assert found[2].parts["tuning"] > found[0].parts["tuning"]
+
+
+def test_the_time_left_is_known_after_slow_blocks() -> None:
+    """A block may take minutes; rich looks at the last 30 seconds unless told otherwise."""
+    display, now = Display(quiet=True), [0.0]
+    display.progress.disable, display.progress.get_time = False, lambda: now[0]
+    for done in range(4):
+        display(Step("compress", done, 30))
+        now[0] += 50.0
+    (task,) = display.progress.tasks
+    assert task.time_remaining == 27 * 50

@@ -36,6 +36,7 @@ class Display:
             progress.TimeRemainingColumn(),
             console=self.console,
             disable=quiet,
+            speed_estimate_period=3600,  # blocks take minutes; of 30 s nothing would be known
         )
         self.tasks: dict[str, progress.TaskID] = {}
 
