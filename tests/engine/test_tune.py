@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from aptq.core.grid import Grid
 from aptq.core.soft import level, spread
-from aptq.engine.tune import FLOOR, Effort, SignSGD, Tuned, batches, make_optimizer, rate, tune
+from aptq.engine.tune import FLOOR, Pace, SignSGD, Tuned, batches, make_optimizer, rate, tune
 from tests.blocks import opened
 
 
@@ -50,8 +50,8 @@ class Point:
     def held(self) -> float:
         return float(self.x.detach().square().sum())
 
-    def tune(self, effort: Effort, gradients: Callable[[int], Tensor] | None = None) -> Tuned:
-        return tune(self, gradients or self.gradients, self.held, effort)
+    def tune(self, pace: Pace, gradients: Callable[[int], Tensor] | None = None) -> Tuned:
+        return tune(self, gradients or self.gradients, self.held, pace)
 
 
 def test_schedules() -> None:
@@ -90,12 +90,12 @@ def test_rates_of_groups_follow_the_schedule(name: str) -> None:
 
 def test_turns_get_fresh_optimizers_and_share_the_steps() -> None:
     point = Point([1.0])
-    point.tune(Effort(10, "adam", turns=3))
+    point.tune(Pace(10, "adam", turns=3))
     assert point.turns == [(0, 3), (1, 3), (2, 3)]
     assert point.steps == 10
     assert point.made == 3
     many = Point([1.0])
-    many.tune(Effort(2, "adam", turns=5))
+    many.tune(Pace(2, "adam", turns=5))
     assert many.turns == [(0, 2), (1, 2)]
 
 
@@ -103,13 +103,13 @@ def test_best_check_is_kept() -> None:
     """The gradient overshoots: the loop comes back to the check that was nearest."""
     point = Point([1.0])
     point.aim = torch.tensor([-1.0])
-    found = point.tune(Effort(20, "sign", "constant", checks=20))
+    found = point.tune(Pace(20, "sign", "constant", checks=20))
     assert float(point.x.detach()) == pytest.approx(0.0, abs=1e-6)
     assert found.kept
     assert (found.start, found.end) == (1.0, pytest.approx(0.0, abs=1e-6))
     last = Point([1.0])
     last.aim = torch.tensor([-1.0])
-    kept = last.tune(Effort(15, "sign", "constant", checks=5, best=False))
+    kept = last.tune(Pace(15, "sign", "constant", checks=5, best=False))
     assert float(last.x.detach()) == pytest.approx(-0.5, abs=1e-6)
     assert kept.end == pytest.approx(0.25)
 
@@ -118,7 +118,7 @@ def test_best_check_is_kept() -> None:
 def test_a_block_is_never_left_worse(best: bool) -> None:
     point = Point([0.5, -0.25])
     point.aim = torch.tensor([9.0, 9.0])
-    found = point.tune(Effort(30, "adam", best=best))
+    found = point.tune(Pace(30, "adam", best=best))
     assert point.x.tolist() == [0.5, -0.25]
     assert not found.kept
     assert found.start == found.end
@@ -127,7 +127,7 @@ def test_a_block_is_never_left_worse(best: bool) -> None:
 
 def test_no_steps_change_nothing() -> None:
     point = Point([0.5])
-    found = point.tune(Effort(0, "adamw"))
+    found = point.tune(Pace(0, "adamw"))
     assert point.x.tolist() == [0.5]
     assert not found.kept
     assert math.isnan(found.first)
@@ -142,7 +142,7 @@ def test_a_loss_that_is_not_finite_sends_back_and_halves_the_rate() -> None:
         loss = point.gradients(step)
         return loss * math.nan if step == 7 else loss
 
-    found = point.tune(Effort(20, "sign", "constant", checks=4), gradients)
+    found = point.tune(Pace(20, "sign", "constant", checks=4), gradients)
     assert found.restarts == 1
     assert point.made == 2
     assert found.kept
@@ -162,7 +162,7 @@ def test_parameters_that_are_not_finite_are_taken_back() -> None:
             point.x.grad.fill_(math.nan)
         return loss
 
-    found = point.tune(Effort(40, "adam", "constant", checks=10), gradients)
+    found = point.tune(Pace(40, "adam", "constant", checks=10), gradients)
     assert found.restarts == 1
     assert float(point.x.detach()) < 0.5
 
@@ -176,7 +176,7 @@ def test_long_gradients_are_cut(norm: float, left: float) -> None:
         seen.append(float(point.x.grad.norm()))
 
     point.stepped = stepped  # type: ignore[method-assign]
-    point.tune(Effort(1, "adam", norm=norm))
+    point.tune(Pace(1, "adam", norm=norm))
     assert seen == [pytest.approx(left)]
 
 

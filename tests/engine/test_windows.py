@@ -302,7 +302,8 @@ def test_targets_of_two_blocks(llama: Path, tmp_path: Path) -> None:
         stream.advance(index, loaded(Model.open(llama))[index])
     torch.testing.assert_close(made.wanted[0], stream.hidden, rtol=1e-5, atol=1e-5)
     plain = run(llama, [RTN()], tmp_path)
-    got = made.output(torch.tensor([0, 2, 5]))
+    values = [knobs.tensors() for knobs in made.knobs]
+    got = made.output(torch.tensor([0, 2, 5]), values)
     assert plain.stream is not None
     assert float((got.detach() - stream.hidden[[0, 2, 5]]).square().mean()) == pytest.approx(
         float(made.distance(got, torch.tensor([0, 2, 5])).detach()), rel=1e-5

@@ -69,7 +69,7 @@ def fitted(made: Offsets, steps: int, scale: float = 1.0, seed: int = 0) -> list
         value.backward()  # type: ignore[no-untyped-call]
         return value
 
-    tune(One(), gradients, lambda: float(loss().detach()), AutoRound(steps=steps).effort())
+    tune(One(), gradients, lambda: float(loss().detach()), AutoRound(steps=steps).pace())
     return seen
 
 
@@ -266,7 +266,7 @@ def test_experts_that_no_token_reaches_stay(tmp_path: Path) -> None:
         return loss
 
     held = iter(range(100, 0, -1))
-    tune(Together([knobs]), gradients, lambda: float(next(held)), stage.effort())
+    tune(Together([knobs]), gradients, lambda: float(next(held)), stage.pace())
     still = [
         name
         for name, one, before in zip(knobs.names, knobs.knobs, start, strict=True)

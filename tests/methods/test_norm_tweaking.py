@@ -113,9 +113,9 @@ def test_one_pass_over_the_windows_by_default(llama: Path, tmp_path: Path) -> No
     class Counting(NormTweaking):
         name = "counting"
 
-        def effort(self):  # type: ignore[no-untyped-def]
+        def pace(self):  # type: ignore[no-untyped-def]
             seen.append(self.steps)
-            return super().effort()
+            return super().pace()
 
     for batch, steps in ((1, 14), (3, 4), (8, 1)):
         seen.clear()

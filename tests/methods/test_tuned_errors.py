@@ -52,8 +52,23 @@ def table(on: Subject, name: str, *, tuned: bool = True, **options: object) -> S
     return made.run(on)
 
 
-@pytest.mark.parametrize(("name", "options"), MEASURES)
+def test_stages_that_leave_a_rounded_layer_alone_cost_no_sweeps(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All candidates are swept together, as for the quantizer alone, and give the same table."""
+    gptq, later = methods.get("gptq")(), [methods.get(n)() for n in ("efficientqat", "e2e_qp")]
+    alone = table(subject(llama, tmp_path, gptq), "error", tuned=False)
+
+    def single(self: Stage, layer: object) -> object:
+        raise AssertionError("a candidate was made by itself")
+
+    monkeypatch.setattr(type(gptq), "on_layer", single)
+    together = table(subject(llama, tmp_path, gptq, *later), "error", tuned=False)
+    assert replace(together, record=alone.record) == alone
+
+
 @pytest.mark.parametrize("stage", [RTN, GPTQ], ids=["rtn", "gptq"])
+@pytest.mark.parametrize(("name", "options"), MEASURES)
 def test_equal_without_reconstruction(
     stage: Stage, name: str, options: dict[str, Any], llama: Path, tmp_path: Path
 ) -> None:

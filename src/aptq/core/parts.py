@@ -1,6 +1,6 @@
 """Parts: a compressed weight is a sum of these.  They know their tensors, never a method."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NoReturn, Protocol, Self
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from aptq.core.bits import pack, packed_size, unpack
 from aptq.core.grid import Grid
-from aptq.core.rounding import Scales, decode, encode
+from aptq.core.rounding import Scales, decode, encode, fit, snap
 
 Spec = tuple[torch.dtype, tuple[int, ...]]
 
@@ -180,6 +180,12 @@ def part_of(rounded: Tensor, scales: Scales, grid: Grid) -> Part:
     if grid.dense:
         return Dense(rounded.to(torch.bfloat16))
     return Quantized.make(encode(rounded, scales, grid), scales, grid)
+
+
+def nearest_part(weight: Tensor, grid: Grid, *, shrink: Sequence[float] = (1.0,)) -> Part:
+    """The part of weight [out, in] rounded to nearest; ranges as `fit` takes them."""
+    scales = fit(weight, grid, shrink=shrink)
+    return part_of(snap(weight, scales, grid), scales, grid)
 
 
 def _check_meta(meta: Mapping[str, object], fixed: dict[str, str], free: tuple[str, ...]) -> None:

@@ -81,6 +81,13 @@ def level(latent: Tensor, zero: Tensor | None, grid: Grid) -> Tensor:
     return code.clamp(0, grid.levels - 1) - zero
 
 
+def rounded(latent: Tensor, scales: Scales, grid: Grid) -> Tensor:
+    """Differentiable weight [out, in] of a latent on float32 scales and zeros [out, groups]."""
+    columns = latent.shape[1]
+    wide = None if scales.zero is None else spread(scales.zero, columns, grid)
+    return level(latent, wide, grid) * spread(scales.scale, columns, grid)
+
+
 def stored_scale(scale: Tensor, grid: Grid) -> Tensor:
     """Scales [out, groups] as they are stored, in float32; gradients pass unchanged.
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from aptq.core.parts import Part, Quantized
 from aptq.core.rounding import Scales
-from aptq.core.soft import closed, level, opened, spread, stored_scale, stored_zero
+from aptq.core.soft import closed, opened, rounded, spread, stored_scale, stored_zero
 from aptq.engine.knobs import Knob
 
 
@@ -67,16 +67,12 @@ class AffineKnob(Knob):
 
     def weight(self) -> Tensor:
         """W_q [out, in] float32."""
-        latent, (scale, zero) = self._now()
-        columns = latent.shape[1]
-        wide = None if zero is None else spread(zero, columns, self.grid)
-        return level(latent, wide, self.grid) * spread(scale, columns, self.grid)
+        return rounded(*self._now(), self.grid)
 
     @torch.no_grad()
     def part(self) -> Part:
         """Codes, scales and zeros as they are now."""
-        latent, scales = self._now()
-        return closed(latent, scales, self.grid)
+        return closed(*self._now(), self.grid)
 
     def groups(self) -> list[dict[str, Any]]:
         """What is trained, with a rate each."""

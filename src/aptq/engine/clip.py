@@ -15,11 +15,15 @@ from torch import Tensor, nn
 from aptq.core.clipping import clipped, logits
 from aptq.core.parts import Part, Quantized
 from aptq.core.rounding import Scales
-from aptq.core.soft import cast_ste, closed, extremes, level, spread
+from aptq.core.soft import cast_ste, closed, extremes, rounded, spread
 from aptq.core.transform import bounded
 from aptq.engine.block import Block
 from aptq.engine.fold import Pair
 from aptq.engine.knobs import Knob, Knobs
+
+# Adam's guard as both papers have it, torch's own: ranges and matrices have gradients from large to
+# none, and full steps along the smallest are noise
+GUARD = 1e-8
 
 
 def untouched() -> Tensor:
@@ -51,24 +55,24 @@ class Clip(Knob):
 
     def weight(self) -> Tensor:
         """W_q [out, in] float32."""
-        scale, zero = self.scales()
-        columns = self.exact.shape[1]
-        wide = spread(scale, columns, self.grid)
-        offset = None if zero is None else spread(zero, columns, self.grid)
-        return level(self.exact / wide, offset, self.grid) * wide
+        return rounded(*self._now(), self.grid)
+
+    def _now(self) -> tuple[Tensor, Scales]:
+        """(weight in units of its scales, these)."""
+        scales = self.scales()
+        return self.exact / spread(scales.scale, self.exact.shape[1], self.grid), scales
 
     @torch.no_grad()
     def part(self) -> Part:
         """Nearest codes in the ranges; before the first step the part as it came."""
         if self.untouched:
             return self.before
-        scales = self.scales()
-        wide = spread(scales.scale, self.exact.shape[1], self.grid)
-        return closed(self.exact / wide, scales, self.grid)
+        return closed(*self._now(), self.grid)
 
     def groups(self) -> list[dict[str, Any]]:
         """Both logits."""
-        return [{"params": [self.lower, self.upper], "lr": self.rate}] if self.rate else []
+        found = {"params": [self.lower, self.upper], "lr": self.rate, "eps": GUARD}
+        return [found] if self.rate else []
 
     def stepped(self) -> None:
         """From here on the ranges decide."""
@@ -127,13 +131,9 @@ class Folded(Knobs):
         return False
 
     def groups(self) -> list[dict[str, Any]]:
-        """Those of the knobs and of the transformations.
-
-        These with torch's own guard of Adam: entries of a matrix have gradients from large to none,
-        and full steps along the smallest are noise (worse on both families of the test).
-        """
+        """Those of the knobs and of the transformations."""
         return super().groups() + [
-            {"params": list(x.parameters()), "lr": x.rate, "eps": 1e-8}
+            {"params": list(x.parameters()), "lr": x.rate, "eps": GUARD}
             for x in self._transforms()
             if x.rate
         ]

@@ -15,7 +15,7 @@ from aptq.engine.knobs import Knobs
 from aptq.engine.layer import Layer
 from aptq.engine.reconstruct import Together, nearest, shares
 from aptq.engine.stage import Stage
-from aptq.engine.tune import Effort, batches, tune
+from aptq.engine.tune import Pace, batches, tune
 from aptq.engine.window import batch_of, held_out
 
 
@@ -39,6 +39,11 @@ class EndToEnd(Stage):
                 f"steps = {self.steps}, epochs = {self.epochs} >= 0; batch = {self.batch}, "
                 f"checks = {self.checks} >= 1; held = {self.held} [0..1)\ncorrect it in the recipe"
             )
+
+    @property
+    def changes(self) -> bool:
+        """A single layer is only rounded where no stage before did."""
+        return False
 
     @property
     def whole(self) -> bool:
@@ -69,9 +74,9 @@ class EndToEnd(Stage):
     def open(self, block: Block) -> Knobs:
         """What may change in a block."""
 
-    def effort(self, steps: int) -> Effort:
+    def pace(self, steps: int) -> Pace:
         """AdamW, cosine with a warm-up, gradients scaled down to a norm of 0.3: EfficientQAT's."""
-        return Effort(steps, "adamw", "cosine", self.warm, checks=self.checks, norm=0.3)
+        return Pace(steps, "adamw", "cosine", self.warm, checks=self.checks, norm=0.3)
 
     def on_layer(self, layer: Layer) -> Layer:
         """Round to nearest where no stage before did."""
@@ -96,9 +101,9 @@ class EndToEnd(Stage):
             compressed.report(self.name, step + 1, steps)
             return chain.gradients(inside[next(order)])
 
-        subject, effort = Together(knobs), self.effort(steps)
+        subject, pace = Together(knobs), self.pace(steps)
         if subject.groups() and steps:
-            tuned = tune(subject, gradients, lambda: chain.measure(outside, size), effort)
+            tuned = tune(subject, gradients, lambda: chain.measure(outside, size), pace)
             knobs[-1].block.records.append({"stage": self.name, **vars(tuned)})
         chain.close()
         stream.close()

@@ -152,6 +152,7 @@ def errors(
     `layer.counts`.  Where all is `finished` the stages are not asked.
     """
     lossy = [target for target in targets if not exact(target)]
+    stages = [stage for number, stage in enumerate(stages) if not number or stage.changes]
     if finished is not None:
         made: Iterator[Tensor] = (finished.dense(layer, target) for target in lossy)
     elif len(stages) == 1:

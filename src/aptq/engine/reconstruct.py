@@ -10,13 +10,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from aptq.core.parts import part_of
-from aptq.core.rounding import fit, snap
+from aptq.core.parts import nearest_part
 from aptq.engine.block import Block
 from aptq.engine.knobs import Knob, Knobs, tunable_layers
 from aptq.engine.layer import Layer
 from aptq.engine.stage import Stage
-from aptq.engine.tune import Effort, Tuned, batches, tune
+from aptq.engine.tune import Pace, Tuned, batches, tune
 from aptq.engine.window import Target, Window, batch_of, held_out
 
 
@@ -60,6 +59,11 @@ class Reconstruct(Stage):
         return self.blocks, 1
 
     @property
+    def changes(self) -> bool:
+        """A single layer is only rounded where no stage before did."""
+        return False
+
+    @property
     def original(self) -> bool:
         """The targets come from the uncompressed blocks."""
         return True
@@ -99,7 +103,7 @@ class Reconstruct(Stage):
         return Knobs(block, {n: self.knob(x, generator) for n, x in layers.items()}, self.norms)
 
     @abstractmethod
-    def effort(self) -> Effort:
+    def pace(self) -> Pace:
         """Optimizer and schedule."""
 
     def on_layer(self, layer: Layer) -> Layer:
@@ -141,7 +145,7 @@ class Reconstruct(Stage):
             return window.measure(outside)
 
         subject = Together(knobs)
-        return tune(subject, gradients, loss, self.effort()) if subject.groups() else None
+        return tune(subject, gradients, loss, self.pace()) if subject.groups() else None
 
 
 def nearest(layer: Layer) -> Layer:
@@ -149,8 +153,7 @@ def nearest(layer: Layer) -> Layer:
     if not layer.parts:
         grid = layer.target.grid
         assert grid is not None, layer.name
-        scales = fit(layer.weight, grid)
-        layer.parts.append(part_of(snap(layer.weight, scales, grid), scales, grid))
+        layer.parts.append(nearest_part(layer.weight, grid))
     return layer
 
 

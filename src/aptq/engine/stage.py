@@ -33,6 +33,11 @@ class Stage:
         return 1, 1
 
     @property
+    def changes(self) -> bool:
+        """Does `on_layer` do anything to a layer that has parts already?"""
+        return True
+
+    @property
     def reads(self) -> bool:
         """Does the stage look at calibration data?"""
         return bool(self.needs()) or self.original

@@ -43,7 +43,7 @@ class Tunable(Protocol):
 
 
 @dataclass(frozen=True)
-class Effort:
+class Pace:
     """How long and how fast."""
 
     steps: int
@@ -128,7 +128,7 @@ def tune(
     subject: Tunable,
     gradients: Callable[[int], Tensor],
     held: Callable[[], float],
-    effort: Effort,
+    pace: Pace,
 ) -> Tuned:
     """Minimise: `gradients(step)` adds to .grad and gives the loss, `held` the loss on held-outs.
 
@@ -136,11 +136,11 @@ def tune(
     otherwise the last one or, where that is worse, the start.  A loss that is not finite sends the
     loop back to what it would keep, with half the rates.
     """
-    loop = _Loop(subject, held, effort)
+    loop = _Loop(subject, held, pace)
     for turn in range(loop.turns):
         subject.begin(turn, loop.turns)
         loop.renew()
-        steps = range(effort.steps * turn // loop.turns, effort.steps * (turn + 1) // loop.turns)
+        steps = range(pace.steps * turn // loop.turns, pace.steps * (turn + 1) // loop.turns)
         for step in steps:
             loop.step(step, gradients)
     return loop.finish()
@@ -149,10 +149,10 @@ def tune(
 class _Loop:
     """State of one call of `tune`."""
 
-    def __init__(self, subject: Tunable, held: Callable[[], float], effort: Effort) -> None:
-        self.subject, self.held, self.effort = subject, held, effort
-        self.turns = min(effort.turns, max(effort.steps, 1))
-        self.marks = {round(effort.steps * (i + 1) / effort.checks) for i in range(effort.checks)}
+    def __init__(self, subject: Tunable, held: Callable[[], float], pace: Pace) -> None:
+        self.subject, self.held, self.pace = subject, held, pace
+        self.turns = min(pace.turns, max(pace.steps, 1))
+        self.marks = {round(pace.steps * (i + 1) / pace.checks) for i in range(pace.checks)}
         self.start = self.best = held()
         self.first = self.good = copied(subject.state())
         self.improved, self.restarts, self.slow = False, 0, 1.0
@@ -163,18 +163,18 @@ class _Loop:
         """A fresh optimizer for what the subject says now."""
         groups = self.subject.groups()
         self.bases = [group["lr"] for group in groups]
-        self.optimizer = make_optimizer(self.effort.optimizer, groups)
+        self.optimizer = make_optimizer(self.pace.optimizer, groups)
 
     def step(self, step: int, gradients: Callable[[int], Tensor]) -> None:
         """One step, and a check where one is due."""
-        effort, groups = self.effort, self.optimizer.param_groups
-        share = self.slow * rate(step, effort.steps, effort.schedule, effort.warm)
+        pace, groups = self.pace, self.optimizer.param_groups
+        share = self.slow * rate(step, pace.steps, pace.schedule, pace.warm)
         for group, base in zip(groups, self.bases, strict=True):
             group["lr"] = base * share
         self.optimizer.zero_grad(set_to_none=True)
         self.losses.append(gradients(step).detach())
-        if effort.norm:
-            nn.utils.clip_grad_norm_([p for g in groups for p in g["params"]], effort.norm)
+        if pace.norm:
+            nn.utils.clip_grad_norm_([p for g in groups for p in g["params"]], pace.norm)
         self.optimizer.step()
         self.subject.stepped()
         if step + 1 in self.marks:
@@ -190,7 +190,7 @@ class _Loop:
             self.renew()
             return
         self.trained.append(recent)
-        if value < self.best or not self.effort.best:
+        if value < self.best or not self.pace.best:
             self.best, self.good, self.improved = value, copied(self.subject.state()), True
 
     def finish(self) -> Tuned:

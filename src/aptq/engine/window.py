@@ -77,13 +77,12 @@ class Window:
                 made[windows] = x.to(made.device)
         return made
 
-    def output(self, windows: Tensor) -> Tensor:
-        """Hidden states [batch, length, width] behind the last block, differentiable."""
+    def output(self, windows: Tensor, values: Sequence[dict[str, Tensor]]) -> Tensor:
+        """Hidden states [batch, length, width] behind the last block; values: of its parameters."""
         x = self.stream.hidden[windows.to(self.stream.hidden.device)].to(self.stream.device)
-        for block, knobs in zip(self.blocks, self.knobs, strict=True):
-            values, module = knobs.tensors(), block.module
-            call = self.stream.calls[block.index][len(x)].at(x)
-            x = call.run(lambda *a, m=module, v=values, **k: functional_call(m, v, a, k))
+        for block, own in zip(self.blocks, values, strict=True):
+            call, module = self.stream.calls[block.index][len(x)].at(x), block.module
+            x = call.run(lambda *a, m=module, v=own, **k: functional_call(m, v, a, k))
         return x
 
     def distance(self, got: Tensor, windows: Tensor) -> Tensor:
@@ -118,7 +117,8 @@ class Window:
     def _gradients(self, windows: Tensor, pieces: int) -> Tensor:
         total = torch.zeros((), device=self.stream.device)
         for part in windows.chunk(pieces):
-            loss = self.distance(self.output(part), part) * (len(part) / len(windows))
+            got = self.output(part, [knobs.tensors() for knobs in self.knobs])
+            loss = self.distance(got, part) * (len(part) / len(windows))
             share = loss.detach()
             total += share
             penalties = [value for x in self.knobs if (value := x.penalty()) is not None]
@@ -135,11 +135,7 @@ class Window:
         total = 0.0
         fixed = [knobs.tensors() for knobs in self.knobs]
         for part in torch.split(windows, self.size):
-            x = self.stream.hidden[part.to(self.stream.hidden.device)].to(self.stream.device)
-            for block, values in zip(self.blocks, fixed, strict=True):
-                module, call = block.module, self.stream.calls[block.index][len(x)].at(x)
-                x = call.run(lambda *a, m=module, v=values, **k: functional_call(m, v, a, k))
-            total += float(self.distance(x, part)) * len(part)
+            total += float(self.distance(self.output(part, fixed), part)) * len(part)
         for knobs in self.knobs:
             knobs.train()
         return total / len(windows)

@@ -17,7 +17,7 @@ from aptq.engine.knobs import Knobs, part_in, tunable_layers
 from aptq.engine.layer import Layer
 from aptq.engine.reconstruct import Reconstruct
 from aptq.engine.stat import Seen, Stat
-from aptq.engine.tune import Effort
+from aptq.engine.tune import Pace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +126,6 @@ class Folding(Reconstruct):
         reach = torch.maximum(high.abs(), low.abs()) if shift is None else (high - low) / 2
         return self.made(pair, first_scale(reach, columns, self.power), shift)
 
-    def effort(self) -> Effort:
+    def pace(self) -> Pace:
         """AdamW at constant rates: both papers'."""
-        return Effort(self.steps, "adamw", "constant", checks=self.checks)
+        return Pace(self.steps, "adamw", "constant", checks=self.checks)

@@ -12,8 +12,7 @@ from typing import Literal
 
 from aptq.core.descent import Quadratic
 from aptq.core.grid import Grid
-from aptq.core.parts import Dense, Quantized, part_of
-from aptq.core.rounding import fit, snap
+from aptq.core.parts import Dense, Quantized, nearest_part
 from aptq.engine.knobs import part_in
 from aptq.engine.layer import Layer
 from aptq.engine.stage import Stage
@@ -79,8 +78,7 @@ class Refine(Stage):
         problem = None if grid.dense else self.problem(layer, grid)
         if part is None:
             W = layer.weight if problem is None else problem.weight
-            scales = fit(W, grid)
-            layer.parts.append(part_of(snap(W, scales, grid), scales, grid))
+            layer.parts.append(nearest_part(W, grid))
             part = part_in(layer) if not grid.dense else None
         if part is None:
             return layer

@@ -6,8 +6,8 @@ over the range of each group (the "mse" grid of GPTQ's reference code, arXiv:221
 
 from dataclasses import dataclass
 
-from aptq.core.parts import part_of
-from aptq.core.rounding import fit, shrinks, snap
+from aptq.core.parts import nearest_part
+from aptq.core.rounding import shrinks
 from aptq.engine.layer import Layer
 from aptq.engine.stage import Stage, methods
 
@@ -32,7 +32,5 @@ class RTN(Stage):
         """Add the rounded residual."""
         grid = layer.target.grid
         assert grid is not None, f"{layer.name} has no single grid: {layer.target}"
-        W = layer.residual()
-        scales = fit(W, grid, shrink=shrinks(self.clip))
-        layer.parts.append(part_of(snap(W, scales, grid), scales, grid))
+        layer.parts.append(nearest_part(layer.residual(), grid, shrink=shrinks(self.clip)))
         return layer

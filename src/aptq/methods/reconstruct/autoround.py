@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from aptq.core.grid import Grid
 from aptq.core.parts import Part, Quantized
 from aptq.core.rounding import Scales
-from aptq.core.soft import closed, extremes, level, opened, spread, stored_scale, stored_zero
+from aptq.core.soft import closed, extremes, opened, rounded, spread, stored_scale, stored_zero
 from aptq.engine.knobs import Knob, part_in
 from aptq.engine.layer import Layer
 from aptq.engine.reconstruct import Reconstruct
 from aptq.engine.stage import methods
-from aptq.engine.tune import Effort
+from aptq.engine.tune import Pace
 
 
 @methods.register("autoround")
@@ -62,9 +62,9 @@ class AutoRound(Reconstruct):
         rate *= 2.0 if self.double and grid.bits <= 3 else 1.0
         return rate, rate * self.ranges
 
-    def effort(self) -> Effort:
+    def pace(self) -> Pace:
         """Sign-SGD, falling linearly to 0: the authors'."""
-        return Effort(self.steps, "sign", "linear", checks=self.checks)
+        return Pace(self.steps, "sign", "linear", checks=self.checks)
 
 
 class Offsets(Knob):
@@ -93,10 +93,7 @@ class Offsets(Knob):
 
     def weight(self) -> Tensor:
         """W_q [out, in] float32."""
-        latent, (scale, zero) = self.now()
-        columns = latent.shape[1]
-        wide = None if zero is None else spread(zero, columns, self.grid)
-        return level(latent, wide, self.grid) * spread(scale, columns, self.grid)
+        return rounded(*self.now(), self.grid)
 
     @torch.no_grad()
     def part(self) -> Part:

@@ -15,14 +15,13 @@ from torch import Tensor, nn
 
 from aptq.core.adaround import annealed, rectified, undecided
 from aptq.core.outliers import largest_kept
-from aptq.core.parts import Quantized, part_of
-from aptq.core.rounding import fit, snap
+from aptq.core.parts import Quantized, nearest_part
 from aptq.engine.choice import ChoiceKnob
 from aptq.engine.knobs import Knob, part_in
 from aptq.engine.layer import Layer
 from aptq.engine.reconstruct import Reconstruct
 from aptq.engine.stage import methods
-from aptq.engine.tune import Effort
+from aptq.engine.tune import Pace
 from aptq.engine.window import Target
 
 
@@ -68,8 +67,7 @@ class CBQ(Reconstruct):
             assert grid is not None, layer.name
             weight = self.without_outliers(layer)
             layer.counts["truncated"] = float((weight != layer.weight).sum())
-            scales = fit(weight, grid)
-            layer.parts.append(part_of(snap(weight, scales, grid), scales, grid))
+            layer.parts.append(nearest_part(weight, grid))
         return super().on_layer(layer)
 
     def objective(self, layer: Layer) -> float:
@@ -87,9 +85,9 @@ class CBQ(Reconstruct):
         assert part is not None, layer.name
         return LowRank(part, layer.weight, self, generator)
 
-    def effort(self) -> Effort:
+    def pace(self) -> Pace:
         """Adam, cosine to a twentieth."""
-        return Effort(self.steps, "adam", "cosine", checks=self.checks)
+        return Pace(self.steps, "adam", "cosine", checks=self.checks)
 
 
 class LowRank(ChoiceKnob):

@@ -16,7 +16,7 @@ from aptq.engine.knobs import Knob, part_in
 from aptq.engine.layer import Layer
 from aptq.engine.reconstruct import Reconstruct
 from aptq.engine.stage import methods
-from aptq.engine.tune import Effort
+from aptq.engine.tune import Pace
 
 
 @methods.register("efficientqat")
@@ -40,6 +40,6 @@ class EfficientQAT(Reconstruct):
         assert part is not None, layer.name
         return AffineKnob(part, layer.weight, self.weights, self.scales, self.zeros, follow=True)
 
-    def effort(self) -> Effort:
+    def pace(self) -> Pace:
         """AdamW, cosine to a twentieth: the paper's."""
-        return Effort(self.steps, "adamw", "cosine", checks=self.checks)
+        return Pace(self.steps, "adamw", "cosine", checks=self.checks)

@@ -19,7 +19,7 @@ from aptq.engine.knobs import Knob, Knobs, tunable_layers
 from aptq.engine.layer import Layer
 from aptq.engine.reconstruct import Reconstruct
 from aptq.engine.stage import methods
-from aptq.engine.tune import Effort, Tuned
+from aptq.engine.tune import Pace, Tuned
 from aptq.engine.window import Target, batch_of, held_out
 
 
@@ -80,6 +80,6 @@ class NormTweaking(Reconstruct):
         once = (windows - held_out(windows, size, self.held)) // size
         return replace(self, steps=once).fit(blocks, knobs, generator)
 
-    def effort(self) -> Effort:
+    def pace(self) -> Pace:
         """Adam at a constant rate: the paper's."""
-        return Effort(self.steps, "adam", "constant", checks=self.checks)
+        return Pace(self.steps, "adam", "constant", checks=self.checks)

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from aptq.core.adaround import rectified
 from aptq.core.outliers import quantile
-from aptq.core.parts import Quantized, part_of
-from aptq.core.rounding import fit, shrinks, snap
+from aptq.core.parts import Quantized, nearest_part
+from aptq.core.rounding import shrinks
 from aptq.engine.choice import ChoiceKnob
 from aptq.engine.knobs import Knob, part_in
 from aptq.engine.layer import Layer
 from aptq.engine.reconstruct import Reconstruct
 from aptq.engine.stage import methods
-from aptq.engine.tune import Effort
+from aptq.engine.tune import Pace
 
 # Shares that are still soft after the hardening of each turn, from the authors' configurations
 SOFT = (
@@ -66,8 +66,8 @@ class TesseraQ(Reconstruct):
         if not layer.parts:
             grid = layer.target.grid
             assert grid is not None, layer.name
-            scales = fit(layer.weight, grid, shrink=shrinks(self.clip, 0.05))
-            layer.parts.append(part_of(snap(layer.weight, scales, grid), scales, grid))
+            shrink = shrinks(self.clip, 0.05)
+            layer.parts.append(nearest_part(layer.weight, grid, shrink=shrink))
         return layer
 
     def knob(self, layer: Layer, generator: torch.Generator) -> Knob:
@@ -76,9 +76,9 @@ class TesseraQ(Reconstruct):
         assert part is not None, layer.name
         return Progressive(part, layer.weight, self._rates())
 
-    def effort(self) -> Effort:
+    def pace(self) -> Pace:
         """Adam at a constant rate, fresh in every turn: old moments would undo decisions."""
-        return Effort(self.steps, "adam", "constant", turns=self.turns, checks=self.checks)
+        return Pace(self.steps, "adam", "constant", turns=self.turns, checks=self.checks)
 
 
 class Progressive(ChoiceKnob):
