@@ -29,6 +29,7 @@ SHIPPED = common.REPOSITORY / "src" / "aptq" / "recipes"
 SIZES = {"4.3125": (0,), "3.296875": (0, 1, 2), "2.5": (0,), "2.28125": (0, 1, 2)}  # bpw: seeds
 GRIDS = ("int4-g64-z", "int3-g64-z", "int2-g64-z")
 PASSES = 1600  # windows that go through a block: AutoRound's 200 steps of 8
+EPOCHS = 12.0  # of tuning the whole model on the text alone: 130 steps of 8 windows
 LAYERWISE = ("descent", "adaquant")  # they see Hessians: no window passes
 TUNING = ("autoround", "omniquant", "affinequant", "cbq", "tesseraq", "efficientqat")
 TUNING += ("norm_tweaking", "bias_tuning", "e2e_qp")  # the last two: passes of all blocks together
@@ -48,11 +49,14 @@ def written(scratch: Path, name: str, table: Table) -> list[str]:
     return ["--recipe", str(path)]
 
 
-def largest() -> Iterator[Job]:
-    for size, seeds in SIZES.items():
-        for seed in seeds:
-            words = ["--recipe", "aptq-max", "--budget", f"{size}bpw", "--seed", str(seed)]
-            yield f"aptq-max {size}", words
+def largest(scratch: Path) -> Iterator[Job]:
+    """aptq-max as shipped, and on the windows of the text alone."""
+    recipes = {"aptq-max": ["--recipe", "aptq-max"]}
+    recipes["aptq-max, text only"] = written(scratch, "max text", text_only(shipped("aptq-max")))
+    for name, recipe in recipes.items():
+        for size, seeds in SIZES.items():
+            for seed in seeds:
+                yield f"{name} {size}", [*recipe, "--budget", f"{size}bpw", "--seed", str(seed)]
 
 
 def tuning(name: str) -> Table:
@@ -83,29 +87,21 @@ def alone(scratch: Path) -> Iterator[Job]:
             yield f"{grid[:4]} {name}", [*recipe, "--grid", grid]
 
 
-def without_windows(recipe: Table) -> Table:
-    """No windows that the model writes, and as many steps over the ones that are left."""
-    times = 1 + recipe["data"]["written"]
-    stages = [
-        stage | ({"epochs": stage["epochs"] * times} if "epochs" in stage else {})
-        for stage in recipe["stage"]
-    ]
+def text_only(recipe: Table) -> Table:
+    """No windows that the model writes, and so many epochs that it learns the text's by heart."""
+    epochs = {"epochs": EPOCHS}
+    stages = [stage | (epochs if "epochs" in stage else {}) for stage in recipe["stage"]]
     return recipe | {"data": recipe["data"] | {"written": 0}, "stage": stages}
 
 
 def steps(scratch: Path, scores: Path) -> Iterator[Job]:
-    """The stages of aptq-max one after the other, each also with descent behind the first."""
-    recipe = shipped("aptq-max")
-    first, *later = recipe["stage"]
-    found: dict[str, Table] = {}
-    for start in ([first], [first, behind(first, "descent")]):
-        for count in range(len(later) + 1):
-            stages = [*start, *later[:count]]
-            found[" + ".join(stage["use"] for stage in stages)] = recipe | {"stage": stages}
-    name = " + ".join(stage["use"] for stage in recipe["stage"])
-    found[f"{name}, no written windows"] = without_windows(recipe)
+    """What the stages of aptq-max add on the text alone; all of them are rows of `largest`."""
+    recipe = text_only(shipped("aptq-max"))
+    gptq, blocks, whole = recipe["stage"]
+    chosen = [[gptq], [gptq, blocks], [gptq, whole], [gptq, behind(gptq, "descent"), blocks, whole]]
     for size in SIZES:
-        for name, table in found.items():
+        for stages in chosen:
+            name, table = " + ".join(x["use"] for x in stages), recipe | {"stage": stages}
             words = written(scratch, f"steps {name}", table)
             yield (
                 f"steps {size}: {name}",
@@ -122,7 +118,7 @@ def fast() -> Iterator[Job]:
 def jobs(options: argparse.Namespace, scores: Path) -> Iterator[Job]:
     """Rows that are asked for, as commands."""
     scratch = options.scratch
-    made = {"max": largest(), "alone": alone(scratch), "fast": fast()}
+    made = {"max": largest(scratch), "alone": alone(scratch), "fast": fast()}
     made["steps"] = steps(scratch, scores)
     name = options.name or f"reconstruction-{options.device.split(':')[0]}"
     rows = ["--results", str(options.results), "--texts", "all", "--name", name]

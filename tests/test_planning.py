@@ -11,9 +11,19 @@ from aptq.core.problem import code_bits
 from aptq.core.scores import Scores
 from aptq.effort import effort
 from aptq.engine.data import Data
+from aptq.engine.stage import methods
 from aptq.failures import Infeasible
 from aptq.model.model import Model
-from aptq.planning import blank, candidates, choose, grids, measuring_data, streams, wants_scores
+from aptq.planning import (
+    blank,
+    candidates,
+    choose,
+    grids,
+    kept_tokens,
+    measuring_data,
+    streams,
+    wants_scores,
+)
 from aptq.recipe import Recipe
 from aptq.terminal import Display
 from aptq.work import Step
@@ -151,3 +161,16 @@ def test_the_time_left_is_known_after_slow_blocks() -> None:
         now[0] += 50.0
     (task,) = display.progress.tasks
     assert task.time_remaining == 27 * 50
+
+
+def test_states_of_written_windows_count_behind_the_walk() -> None:
+    stages = (methods.get("gptq")(drift=0.25), methods.get("e2e_qp")())
+    recipe = Recipe(stages=stages, data=Data(samples=4, length=16))
+    inside = kept_tokens(recipe)
+    assert inside == 3 * 64  # two streams, and the original's last states
+    more = replace(recipe, data=Data(samples=4, length=16, written=3))
+    assert kept_tokens(more) == 2 * 4 * 64
+    few = replace(recipe, data=Data(samples=4, length=16, written=0), stages=stages[:1])
+    assert kept_tokens(few) == 2 * 64
+    with pytest.raises(ValueError, match="nothing would look at"):
+        replace(more, stages=stages[:1])

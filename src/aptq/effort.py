@@ -15,10 +15,10 @@ from aptq.engine.stream import batch_windows
 from aptq.model.model import Model
 from aptq.planning import (
     candidates,
+    kept_tokens,
     measuring_bytes,
     measuring_data,
     moving,
-    streams,
     wants_profiles,
     wants_scores,
 )
@@ -59,12 +59,12 @@ class Effort:
 def effort(model: Model, recipe: Recipe, plan: Plan, nbytes: int, device: torch.device) -> Effort:
     """What `aptq compress` needs for a checkpoint of `nbytes` bytes under `plan`."""
     calibrated = any(stage.reads for stage in recipe.stages)
-    tokens = recipe.data.total if calibrated else 0
+    tokens = recipe.data.needed if calibrated else 0
     measured = wants_scores(recipe, None)
     backward = measured or wants_profiles(recipe)
     some = measuring_data(recipe.data).needed if backward else 0
     width: int = model.config.get_text_config().hidden_size
-    states = streams(recipe) * tokens * width * model.dtype.itemsize
+    states = kept_tokens(recipe) * width * model.dtype.itemsize if calibrated else 0
     parts = _memory(model, recipe, plan, device)
     parts["hidden states"] = states
     tape = measuring_bytes(model, recipe, measured) if backward else 0
@@ -83,7 +83,7 @@ def _memory(model: Model, recipe: Recipe, plan: Plan, device: torch.device) -> d
     parts = {**({} if device.type == "cuda" else {"program": PROGRAM}), **largest}
     config = model.config.get_text_config()
     length = recipe.data.length
-    rows = min(batch_windows(length, device) * length, recipe.data.total)
+    rows = min(batch_windows(length, device) * length, recipe.data.needed)
     inner = max(max(shape) for shape in model.shapes.values())
     parts["activations of a batch"] = rows * (4 * config.hidden_size + 3 * inner)
     parts["activations of a batch"] *= model.dtype.itemsize
@@ -103,12 +103,13 @@ def _tuned(model: Model, stage: Stage) -> int:
     return sum(sizes) if stage.whole else stage.window[0] * max(sizes)
 
 
-def _walk(recipe: Recipe, tokens: int) -> int:
+def _walk(recipe: Recipe, tokens: int, own: int = 0) -> int:
     """Tokens that go through every block in one walk: for each stage's statistics, to advance, and
-    in tuning.
+    in tuning.  own: windows that the model wrote, behind those of the tokens.
     """
     stages = sum(stage.reads for stage in recipe.stages)
-    tuned = sum(stage.passes(tokens // recipe.data.length) for stage in recipe.stages)
+    windows = tokens // recipe.data.length
+    tuned = sum(stage.passes(windows + stage.whole * own) for stage in recipe.stages)
     return moving(recipe) * (stages + 1) * tokens + round(tuned * recipe.data.length)
 
 
@@ -141,7 +142,7 @@ def _seconds(
         rates, cores = CPU_CORE, torch.get_num_threads()
     weights = sum(math.prod(shape) for shape in model.shapes.values())
     stages = sum(stage.reads for stage in recipe.stages)
-    passes = _walk(recipe, tokens) * 2 * weights
+    passes = _walk(recipe, tokens, recipe.data.samples * recipe.data.written) * 2 * weights
     passes += 10 * measuring * weights  # forward, forward again with gradients, backward
     tries = len(candidates(recipe)) + 1 if measuring else 1
     if measuring and recipe.measure is not None and recipe.measure.tuned:

@@ -37,7 +37,7 @@ def make(run: RunFolder, work: Work, recipe: Recipe, choice: Choice, scores: Sco
         scores.save(run.path / "scores.json")
     run.log("start", _start(work, choice))
     outer = Outer(work.model, choice.plan, recipe.stages, work.device)
-    ids = None if work.batches is None else work.batches.ids
+    ids = None if work.batches is None else work.batches.text
     outer.compress_embedding(ids, folder=run.work, where=work.activations)
     writer = Writer(run.checkpoint, work.model, choice.plan)
     _walk(run, work, recipe, choice.plan, writer, outer)
@@ -78,7 +78,7 @@ def _walk(
         empty: list[dict[int, Any]] = [{} for _ in range(model.blocks)]
         states = Stream(torch.empty(0, 1, 1), empty, 1, work.device)
     else:
-        where, ids = work.activations, work.batches.ids
+        where, ids = work.activations, work.batches.text
         states = open_stream(model, ids, device=work.device, folder=run.work, where=where)
     stages, profiles = recipe.stages, work.profiles
     walk(model, states, stages, plan, order=order, sink=walked, report=progress, profiles=profiles)
@@ -100,8 +100,8 @@ def _after(run: RunFolder, work: Work, recipe: Recipe, plan: Plan) -> Compressed
     def report(phase: str, done: int, total: int) -> None:
         work.report(Step(f"{phase} {recipe.budget}".strip(), done, total))
 
-    ids, where = work.batches.ids, work.activations
-    return Compressed(work.model, plan, ids, work.device, run.work, where, work.profiles, report)
+    data, how = work.batches, (work.device, run.work, work.activations, work.profiles, report)
+    return Compressed(work.model, plan, data.ids, data.written, *how)
 
 
 def _start(work: Work, choice: Choice) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from aptq.making import make
 from aptq.model.model import Model
 from aptq.outlook import Outlook, look
 from aptq.planner import Choice
-from aptq.planning import blank, choose, measuring_bytes, streams, wants_profiles, wants_scores
+from aptq.planning import blank, choose, kept_tokens, measuring_bytes, wants_profiles, wants_scores
 from aptq.recipe import Recipe
 from aptq.report import card, summary
 from aptq.report.summary import Summary
@@ -202,7 +202,7 @@ def _run(
     """Choose the plan of one budget, compress by it, publish."""
     choice = choose(work.model, recipe, plan, scores)
     work.report(_decision(choice, recipe, plan))
-    run.reserve(choice.nbytes + streams(recipe) * _states_bytes(work.model, work.batches))
+    run.reserve(choice.nbytes + _states_bytes(work, recipe))
     written = make(run, work, recipe, choice, scores)
     seconds = round(time.perf_counter() - began, 3)
     run.log("done", {"seconds": seconds, "bytes_after": written})
@@ -235,10 +235,11 @@ def _decision(choice: Choice, recipe: Recipe, given: Plan | None) -> str:
     return f"plan: {asked}{grid}, {choice.bits:.4f} bpw, {choice.nbytes:,} bytes"
 
 
-def _states_bytes(model: Model, batches: Batches | None) -> int:
-    """Size of the hidden states of all windows, which may have to lie on the disk."""
-    width: int = model.config.get_text_config().hidden_size
-    return 0 if batches is None else batches.ids.numel() * width * model.dtype.itemsize
+def _states_bytes(work: Work, recipe: Recipe) -> int:
+    """Size of the hidden states that are kept, which may have to lie on the disk."""
+    width: int = work.model.config.get_text_config().hidden_size
+    size = width * work.model.dtype.itemsize
+    return 0 if work.batches is None else kept_tokens(recipe) * size
 
 
 def _recipe(recipe: Recipe | str) -> Recipe:

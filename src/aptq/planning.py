@@ -58,6 +58,15 @@ def streams(recipe: Recipe) -> int:
     return moving(recipe) + max(stage.targets for stage in recipe.stages)
 
 
+def kept_tokens(recipe: Recipe) -> int:
+    """Most tokens of which hidden states are kept at a time, every copy counted.
+
+    In the walk those of the text; behind it also those that the model wrote, with their targets.
+    """
+    behind = 2 * recipe.data.total if any(stage.whole for stage in recipe.stages) else 0
+    return max(streams(recipe) * recipe.data.needed, behind)
+
+
 def measuring_data(data: Data) -> Data:
     """The first windows, so many that measuring stays cheap beside compressing."""
     most = max(2, MEASURED // data.length)  # two, so that their difference tells the noise

@@ -56,6 +56,12 @@ class Recipe:
                 f"a stage comes too early\n{late.name} works on the whole compressed model, and "
                 "stages that work on blocks follow it\nput it last in the recipe"
             )
+        if self.stages and self.data.written and True not in whole:
+            raise ValueError(
+                "nothing would look at the windows that the model writes\n"
+                f"written = {self.data.written}, and no stage works on the whole model\n"
+                "set written = 0, or add a stage such as e2e_qp"
+            )
         for text in self.minimum:
             pattern, _, bits = text.rpartition("=")
             if not pattern or not bits.isdigit():

@@ -29,7 +29,7 @@ def test_every_stage(arch: str, tmp_path: Path) -> None:
             continue
         model, ids, stage = Model.open(folder), windows(4, 12), short(name)
         plan = Plan.uniform(model.shapes, GRID)
-        held = Compressed(model, plan, ids, CPU, tmp_path, "memory")
+        held = Compressed(model, plan, ids, 0, CPU, tmp_path, "memory")
         stream = open_stream(model, ids, device=CPU, folder=tmp_path, where="memory")
         walk(model, stream, [stage], plan, sink=held.keep)
         stage.on_model(held)

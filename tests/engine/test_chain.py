@@ -21,15 +21,21 @@ ARCHS = ("llama", "gemma3", "gpt2", "qwen3_moe")
 
 
 def finished(
-    folder: Path, scratch: Path, stages: list[str], grid: str = "int3-g16-z"
+    folder: Path,
+    scratch: Path,
+    stages: list[str],
+    grid: str = "int3-g16-z",
+    *,
+    device: torch.device = CPU,
+    written: int = 0,
 ) -> Compressed:
     """A tiny model after the walk."""
     from aptq.core.grid import Grid
 
     model, ids = Model.open(folder), windows(4, 12)
     plan = Plan.uniform(model.shapes, Grid.parse(grid))
-    held = Compressed(model, plan, ids, CPU, scratch, "memory")
-    stream = open_stream(model, ids, device=CPU, folder=scratch, where="memory")
+    held = Compressed(model, plan, ids, written, device, scratch, "memory")
+    stream = open_stream(model, ids, device=device, folder=scratch, where="memory")
     walk(model, stream, [methods.get(name)() for name in stages], plan, sink=held.keep)
     return held
 
@@ -96,6 +102,27 @@ def test_it_learns_and_never_ends_worse(tmp_path: Path) -> None:
     (record,) = held.blocks[held.model.blocks - 1].records
     assert record["end"] <= record["start"]
     assert record["last"] < record["first"]
+
+
+def test_written_windows_are_trained_on_and_text_is_held_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = finished(tiny_model("llama", tmp_path / "m", torch.bfloat16), tmp_path, ["rtn"])
+    held.ids = torch.cat([held.ids, windows(4, 12, seed=5)])
+    held.written = 4
+    seen: dict[str, set[int]] = {"gradients": set(), "measure": set()}
+    for name, numbers in seen.items():
+        inner = getattr(Chain, name)
+
+        def spy(self: Chain, picked: Tensor, *more: int, inner=inner, into=numbers) -> object:  # type: ignore[no-untyped-def]
+            into.update(picked.tolist())
+            return inner(self, picked, *more)
+
+        monkeypatch.setattr(Chain, name, spy)
+    methods.get("e2e_qp")(steps=12, batch=1, held=0.5).on_model(held)
+    assert len(seen["measure"]) == 2
+    assert max(seen["measure"]) < 4
+    assert seen["gradients"] == set(range(8)) - seen["measure"]
 
 
 def test_no_steps_change_nothing(tmp_path: Path) -> None:

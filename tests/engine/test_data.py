@@ -12,6 +12,8 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from aptq.engine.data import (
+    PIECE,
+    PROMPT,
     Batches,
     Data,
     Limits,
@@ -123,9 +125,26 @@ def test_the_model_goes_on_from_places_in_the_text(tokenizer: PreTrainedTokenize
     assert data.total == both.ids.numel()
     assert both.sha256 != plain.sha256
     assert f"{len(own)} of them written by the model" in str(both)
+    assert torch.equal(both.text, plain.ids)
+    assert torch.equal(plain.text, plain.ids)
     assert "no sampler was given" in refused_tokens(data, tokenizer)
     with pytest.raises(ValueError, match="written >= 0"):
         small("builtin:pydoc", written=-1)
+
+
+def test_long_windows_are_written_in_pieces(tokenizer: PreTrainedTokenizerFast) -> None:
+    asked = []
+
+    def sampler(samples: int, length: int, seed: int, starts: torch.Tensor | None) -> torch.Tensor:
+        assert starts is not None
+        asked.append((samples, length, tuple(starts.shape)))
+        return torch.arange(samples)[:, None].expand(-1, length)
+
+    data = Data(samples=2, length=PIECE + 6, written=2)
+    made = tokens(data, tokenizer, sampler=sampler)
+    assert asked == [(5, PIECE, (5, PROMPT))]
+    assert made.ids.shape == (6, data.length)
+    assert made.ids[2:].flatten().tolist() == [at // PIECE for at in range(4 * data.length)]
 
 
 def refused_tokens(data: Data, tokenizer: PreTrainedTokenizerFast) -> str:

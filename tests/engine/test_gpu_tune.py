@@ -8,12 +8,15 @@ import torch
 from aptq.core.grid import Grid
 from aptq.core.plan import Plan
 from aptq.engine.block import Block
+from aptq.engine.capture import steady
+from aptq.engine.chain import Chain
 from aptq.engine.origin import Origin
 from aptq.engine.stage import methods
 from aptq.engine.stream import open_stream
 from aptq.engine.window import Window
 from aptq.model.model import Model
 from tests.engine.run import windows
+from tests.engine.test_chain import finished
 from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -41,7 +44,7 @@ def window(name: str, stage: str, folder: Path) -> Window:
 @pytest.mark.parametrize("stage", ["efficientqat", "autoround"])
 def test_recorded_gradients(name: str, stage: str, pieces: int, tmp_path: Path) -> None:
     found = window(name, stage, tmp_path)
-    assert found.steady
+    assert steady(found.knobs, [found.stream.hidden, *found.wanted])
     parameters = list(found.knobs[0].parameters())
     for step, picked in enumerate(([0, 3, 5, 6], [7, 1, 2, 4], [0, 1, 2, 3])):
         ids = torch.tensor(picked)
@@ -60,5 +63,37 @@ def test_recorded_gradients(name: str, stage: str, pieces: int, tmp_path: Path) 
                 parameter.mul_(1.0 + 0.001 * (step + 1))
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+def test_recorded_gradients_of_the_whole_model(name: str, tmp_path: Path) -> None:
+    folder = tiny_model(name, tmp_path / "m", torch.float32)
+    held = finished(folder, tmp_path, ["rtn"], device=CUDA)
+    stage = methods.get("e2e_qp")(zeros=1e-3, weights=1e-3)
+    stream, wanted = held.stream(), held.original()
+    knobs = [stage.open(held.open(index, stream)) for index in range(held.model.blocks)]
+    stream.learn(held.model, [2])
+    chain = Chain(held, knobs, stream, wanted)
+    parameters = [p for own in knobs for p in own.parameters()]
+    for step, picked in enumerate(([0, 3], [2, 1], [1, 3])):
+        ids = torch.tensor(picked)
+        for parameter in parameters:
+            parameter.grad = None
+        loss = chain.gradients(ids)
+        assert chain.captured is not None
+        ours = [None if p.grad is None else p.grad.clone() for p in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        states = chain._forward(ids)
+        wanted_loss, grad = chain._tail(states[-1], ids)
+        chain._backward(states, grad)
+        torch.testing.assert_close(loss, wanted_loss, rtol=1e-5, atol=1e-8)
+        for one, parameter in zip(ours, parameters, strict=True):
+            torch.testing.assert_close(one, parameter.grad, rtol=1e-4, atol=1e-8)
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.mul_(1.0 + 0.001 * (step + 1))
+    chain.close()
+
+
 def test_routed_blocks_are_not_recorded(tmp_path: Path) -> None:
-    assert not window("qwen3_moe", "efficientqat", tmp_path).steady
+    found = window("qwen3_moe", "efficientqat", tmp_path)
+    assert not steady(found.knobs, [found.stream.hidden, *found.wanted])

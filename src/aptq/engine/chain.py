@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from aptq.engine.capture import CapturedHalves, steady
 from aptq.engine.compressed import Compressed
 from aptq.engine.knobs import Knobs
 from aptq.engine.stream import Stream, free_bytes
@@ -33,7 +34,8 @@ class Chain:
         """stream: what enters block 0; wanted: the last states of the original."""
         self.compressed, self.knobs, self.stream = compressed, knobs, stream
         self.model, self.device = compressed.model, compressed.device
-        self.wanted = wanted
+        self.wanted, self.ids = wanted, compressed.ids.to(self.device)
+        self.captured: CapturedHalves | None = None
         held = sum(_bytes(own) for own in knobs)
         # gradients, two moments and a copy of the best come on top of what is there
         trained = sum(p.nbytes for own in knobs for p in own.parameters())
@@ -62,20 +64,38 @@ class Chain:
         return call.run(lambda *a, **k: functional_call(module, values, a, k))
 
     def gradients(self, windows: Tensor) -> Tensor:
-        """Add the gradients of a batch; its mean KL in nats per token."""
+        """The mean KL of a batch in nats per token, with its gradients in the knobs' parameters.
+
+        They had none.  On a GPU where all steps are alike the blocks' part is recorded.
+        """
+        if self.parked or not steady(self.knobs, [self.stream.hidden, self.wanted.hidden]):
+            states = self._forward(windows)
+            loss, grad = self._tail(states[-1], windows)
+            self._backward(states, grad)
+            return loss
+        if self.captured is None:
+            found = [p for own in self.knobs for p in own.parameters()]
+            work = (self._forward, self._tail, self._backward)
+            self.captured = CapturedHalves(*work, found, windows, self.device)
+        return self.captured(windows)
+
+    @torch.no_grad()
+    def _forward(self, windows: Tensor) -> list[Tensor]:
+        """What enters each block, and what leaves the last."""
         states = [self._inputs(windows)]
-        with torch.no_grad():
-            for own in self.knobs:
-                with self._here(own):
-                    states.append(self._run(own, states[-1]))
-        loss, grad = self._tail(states.pop(), windows, backward=True)
-        for own in reversed(self.knobs):
-            x = states.pop().detach().requires_grad_()
+        for own in self.knobs:
+            with self._here(own):
+                states.append(self._run(own, states[-1]))
+        return states
+
+    def _backward(self, states: Sequence[Tensor], grad: Tensor) -> None:
+        """From the gradient of what leaves the last block to those of the parameters."""
+        for own, entered in reversed(list(zip(self.knobs, states[:-1], strict=True))):
+            x = entered.detach().requires_grad_()
             with self._here(own), torch.enable_grad():
                 torch.autograd.backward([self._run(own, x)], [grad])
             assert x.grad is not None
             grad = x.grad
-        return loss
 
     @torch.no_grad()
     def measure(self, windows: Tensor, size: int) -> float:
@@ -95,16 +115,16 @@ class Chain:
         hidden = self.stream.hidden
         return hidden[windows.to(hidden.device)].to(self.device)
 
-    def _tail(self, x: Tensor, windows: Tensor, *, backward: bool) -> tuple[Tensor, Tensor]:
+    def _tail(self, x: Tensor, windows: Tensor, *, backward: bool = True) -> tuple[Tensor, Tensor]:
         """(mean KL(original || ours), its gradient for x [batch, length, width] or zeros)."""
-        ids = self.compressed.ids[windows]
+        ids = self.ids[windows.to(self.device)]
         wanted = self.wanted.hidden[windows.to(self.wanted.hidden.device)]
         vocabulary: int = self.model.config.get_text_config().vocab_size
         tokens, total = ids.numel(), torch.zeros((), device=self.device)
         grad = torch.zeros_like(x) if backward else x
         room = ROOM if self.device.type == "cuda" else None
         for piece in pieces((ids.shape[0], ids.shape[1]), vocabulary, room):
-            some = ids[piece].to(self.device)
+            some = ids[piece]
             with torch.no_grad():
                 theirs = logits(self.model, wanted[piece].to(self.device), some)
                 theirs = theirs.float().log_softmax(-1)

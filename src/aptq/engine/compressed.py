@@ -38,6 +38,7 @@ class Compressed:
     model: Model
     plan: Plan
     ids: Tensor  # [windows, length] int64: the calibration
+    written: int  # windows at the end that the original wrote
     device: torch.device
     folder: Path  # for hidden states that do not fit in memory
     where: Where = "auto"

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 # (samples, length, seed, starts) -> int64 ids [samples, length] drawn from the model itself, behind
 # the tokens `starts` [samples, n] where there are any
 Sampler = Callable[[int, int, int, Tensor | None], Tensor]
-PROMPT = 32  # tokens of the text that a window starts with which the model writes
+PROMPT = 32  # tokens of the text that a piece starts with which the model writes
+PIECE = 512  # its tokens: several make a window, for long ones take their square to write
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +36,8 @@ class Data:
     source: str = "builtin:pydoc"  # English text in every CPython, so it works offline
     samples: int = 128  # windows, as in the experiments of GPTQ (arXiv:2210.17323)
     length: int = 512  # so that the default source is enough: 113,108 tokens are 220 windows
-    # for every window of the text so many more that the model goes on to write from places in it:
-    # tuning by gradients learns a few windows by heart, and the original can write others
+    # for every window of the text so many more that the model goes on to write from places in it,
+    # for stages that tune the whole model: they learn a few windows by heart
     written: int = 0
     seed: int = 0  # the first windows of the text, which need no random numbers
     text_key: str = "text"  # what C4, WikiText and most sets on the hub call it
@@ -89,6 +90,11 @@ class Batches:
     whole: bool
     sha256: str
     written: int = 0  # windows at the end that the model wrote
+
+    @property
+    def text(self) -> Tensor:
+        """The windows of the text alone."""
+        return self.ids[: len(self.ids) - self.written]
 
     def __str__(self) -> str:
         samples, length = self.ids.shape
@@ -215,19 +221,21 @@ def tokens(
 
 
 def _written(stream: Tensor, data: Data, sampler: Sampler | None) -> Tensor:
-    """Windows [samples * written, length] that begin at random places of a stream [tokens]."""
+    """Windows [samples * written, length] of pieces that begin at random places of a stream."""
     if sampler is None:
         raise ValueError(
             "nobody writes the windows\n"
             f"written = {data.written} and no sampler was given\n"
             "pass a function that draws tokens from the model, or set written = 0"
         )
-    count = min(PROMPT, data.length // 2)
+    length = min(PIECE, data.length)
+    count, total = min(PROMPT, length // 2), data.total - data.needed
     generator = torch.Generator().manual_seed(data.seed)
-    windows = data.samples * data.written
-    starts = torch.randint(0, stream.numel() - count + 1, (windows, 1), generator=generator)
+    pieces = -(-total // length)
+    starts = torch.randint(0, stream.numel() - count + 1, (pieces, 1), generator=generator)
     begun = stream[starts + torch.arange(count)]
-    return sampler(windows, data.length, data.seed, begun).cpu()
+    made = sampler(pieces, length, data.seed, begun).cpu().flatten()
+    return made[:total].view(-1, data.length)
 
 
 def _windows(stream: Tensor, data: Data, seed: int) -> Tensor:

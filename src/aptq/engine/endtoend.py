@@ -85,14 +85,16 @@ class EndToEnd(Stage):
     def on_model(self, compressed: Compressed) -> None:
         """Tune all blocks."""
         count, model, stream = len(compressed.ids), compressed.model, compressed.stream()
-        size = batch_of(self.batch, count)
+        text = count - compressed.written  # what counts is the loss on what people wrote
+        size = batch_of(self.batch, text)
         stream.learn(model, [size])
         wanted = compressed.original()  # before the blocks are there
         knobs = []
         for index in range(model.blocks):
             knobs.append(self.open(compressed.open(index, stream)))
         generator = torch.Generator().manual_seed(0)
-        inside, outside = shares(count, size, self.held)
+        inside, outside = shares(text, size, self.held)
+        inside = torch.cat([inside, torch.arange(text, count)])
         order = batches(len(inside), min(size, len(inside)), generator)
         chain = Chain(compressed, knobs, stream, wanted)
         steps = self.steps or round(self.epochs * len(inside) / size)

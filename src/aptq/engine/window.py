@@ -13,10 +13,9 @@ from torch.func import functional_call
 
 from aptq.core.losses import LOSSES
 from aptq.engine.block import Block
-from aptq.engine.capture import Captured
+from aptq.engine.capture import Captured, steady
 from aptq.engine.knobs import Knobs
 from aptq.engine.stream import Stream, storage
-from aptq.model.normalise import Experts
 
 # What the last block should give: the original's output on the original's inputs (error of the
 # blocks before is made up for), on the inputs at hand, or both with equal weight
@@ -98,21 +97,13 @@ class Window:
 
         `pieces` parts of it in turn.  On a GPU where all steps are alike they are recorded.
         """
-        if not self.steady:
+        if not steady(self.knobs, [self.stream.hidden, *self.wanted]):
             return self._gradients(windows, pieces)
         if self.captured is None:
             found = [p for knobs in self.knobs for p in knobs.parameters()]
             step = partial(self._gradients, pieces=pieces)
             self.captured = Captured(step, found, windows, self.stream.device)
         return self.captured(windows)
-
-    @property
-    def steady(self) -> bool:
-        """Does every step do the same on tensors of the GPU?"""
-        held = [self.stream.hidden, *self.wanted]
-        routed = any(isinstance(m, Experts) for b in self.blocks for m in b.module.modules())
-        steady = all(knobs.steady for knobs in self.knobs)
-        return steady and not routed and all(x.device.type == "cuda" for x in held)
 
     def _gradients(self, windows: Tensor, pieces: int) -> Tensor:
         total = torch.zeros((), device=self.stream.device)
