@@ -21,6 +21,12 @@ MARKER = re.compile(r"(<!-- table:([\w.-]+)(?: ([^>]*?))? -->\n).*?(<!-- /table 
 TEXTS = {"wikitext2": "WikiText-2", "c4": "C4", "wiki_validation": "wiki validation"}
 TEXTS |= {"c4_validation": "C4 validation"}
 
+# Rows of the table of steps, in its order; those of the whole recipe have labels of their own
+STEPS = {"aptq-max, text only": "gptq + efficientqat + e2e_qp"}
+STEPS["aptq-max"] = f"{STEPS['aptq-max, text only']}, written windows"
+ORDER = "|gptq|gptq + efficientqat|gptq + e2e_qp|gptq + descent + efficientqat + e2e_qp|"
+ORDER += "|".join(STEPS.values()) + "|"
+
 RATIOS = {"ratio": "ratio", "ratio_saved": "ratio with saving", "ratio_cpu": "ratio of CPU time"}
 RATIOS |= {"ratio_process": "ratio of processes"}
 
@@ -82,6 +88,28 @@ def reconstruction(result: dict[str, Any]) -> Table:
         ]
         line += [stage, *(shown if stage else ("", ""))]
     return (*names, "tuned last", "held-out loss", "training loss"), lines
+
+
+def steps(result: dict[str, Any]) -> Table:
+    """What every step adds at every size: perplexities, and their range over seeds."""
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for row in result["rows"]:
+        name, _, size = row["label"].partition(":")[0].rpartition(" ")
+        name = row["label"].partition(": ")[2] if name == "steps" else name
+        found.setdefault(STEPS.get(name, name), {}).setdefault(size, []).append(row)
+    sizes = sorted({size for row in found.values() for size in row}, key=float, reverse=True)
+    lines = [
+        [name, *(" / ".join(spans(own.get(size, []))) for size in sizes)]
+        for name, own in sorted(found.items(), key=lambda item: ORDER.find(f"|{item[0]}|"))
+    ]
+    return ("stages", *(f"{size} bpw" for size in sizes)), lines
+
+
+def spans(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Perplexity on both texts, least and largest where there are several seeds."""
+    for key in ("wikitext2", "c4") if rows else ():
+        ends = sorted({number(find(row[key] for row in rows), 2) for find in (min, max)})
+        yield " to ".join(ends)
 
 
 def texts(row: dict[str, Any]) -> Iterator[float]:
@@ -156,8 +184,10 @@ def greedy(result: dict[str, Any]) -> Table:
 
 KINDS: dict[str, Callable[[dict[str, Any]], Table]] = {
     "quality": quality,
+    "peers": quality,
     "allocation": allocation,
     "reconstruction": reconstruction,
+    "steps": steps,
     "validation": quality,
     "compress_time": compress_time,
     "profile": profile,
@@ -172,7 +202,8 @@ def markdown(name: str, folder: Path, pattern: str = "") -> str:
     kind = name.partition("-")[0]
     if kind not in KINDS:
         raise SystemExit(f"table {name}: no kind {kind!r}; known: {', '.join(KINDS)}")
-    file = folder / f"{name.replace('profile-', 'compress_time-')}.json"
+    source = name.replace("profile-", "compress_time-").replace("steps-", "reconstruction-")
+    file = folder / f"{source}.json"
     if not file.exists():
         raise SystemExit(f"table {name}: there is no {file}; run the benchmark first")
     result = json.loads(file.read_text(encoding="utf-8"))
