@@ -30,6 +30,9 @@ SIZES = {"4.3125": (0,), "3.296875": (0, 1, 2), "2.5": (0,), "2.28125": (0, 1, 2
 GRIDS = ("int4-g64-z", "int3-g64-z", "int2-g64-z")
 PASSES = 1600  # windows that go through a block: AutoRound's 200 steps of 8
 EPOCHS = 12.0  # of tuning the whole model on the text alone: 130 steps of 8 windows
+# EfficientQAT: 4,096 windows twice; AutoRound's recipe for its best quality: 1,000 steps of 8
+OWN = {"efficientqat": 1024, "autoround": 1000}
+FEW = ["int2-g64-z", "int2-g32-z", "int3-g64-z", "int3-g32-z", "int4-g64-z", "int6-g64-z"]
 LAYERWISE = ("descent", "adaquant")  # they see Hessians: no window passes
 TUNING = ("autoround", "omniquant", "affinequant", "cbq", "tesseraq", "efficientqat")
 TUNING += ("norm_tweaking", "bias_tuning", "e2e_qp")  # the last two: passes of all blocks together
@@ -109,6 +112,25 @@ def steps(scratch: Path, scores: Path) -> Iterator[Job]:
             )
 
 
+def own(scratch: Path) -> Iterator[Job]:
+    """The two best alone at the effort of their papers, in windows that pass a block."""
+    for name, count in OWN.items():
+        stages = [tuning(name) | {"steps": count}]
+        recipe = written(scratch, f"own {name}", {"stage": stages})
+        for grid in GRIDS[1:]:
+            yield f"{grid[:4]} {name}, {count} steps", [*recipe, "--grid", grid]
+
+
+def again(scratch: Path) -> Iterator[Job]:
+    """Does it pay to choose bits by the errors that reconstruction leaves?"""
+    recipe = text_only(shipped("aptq-max")) | {"grids": FEW}
+    for tuned in (False, True):
+        table = recipe | {"measure": recipe["measure"] | {"tuned": tuned}}
+        words = written(scratch, f"again {tuned}", table)
+        name = "after reconstruction" if tuned else "before it"
+        yield f"plan by errors {name} 2.5", [*words, "--budget", "2.5bpw"]
+
+
 def fast() -> Iterator[Job]:
     for recipe in ("aptq-fast", "fast"):
         for grid in GRIDS:
@@ -119,7 +141,7 @@ def jobs(options: argparse.Namespace, scores: Path) -> Iterator[Job]:
     """Rows that are asked for, as commands."""
     scratch = options.scratch
     made = {"max": largest(scratch), "alone": alone(scratch), "fast": fast()}
-    made["steps"] = steps(scratch, scores)
+    made |= {"steps": steps(scratch, scores), "own": own(scratch), "again": again(scratch)}
     name = options.name or f"reconstruction-{options.device.split(':')[0]}"
     rows = ["--results", str(options.results), "--texts", "all", "--name", name]
     for part in options.only:
@@ -184,7 +206,7 @@ def main() -> None:
     parser.add_argument("--samples", default="96")
     parser.add_argument("--length", default="2048")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no row after these")
-    parts = ("max", "alone", "steps", "fast")
+    parts = ("max", "alone", "steps", "own", "again", "fast")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--match", default="", help="rows whose label has this pattern")
     parser.add_argument("--list", action="store_true", help="print the rows, run nothing")
