@@ -126,7 +126,7 @@ def again(scratch: Path) -> Iterator[Job]:
     recipe = text_only(shipped("aptq-max")) | {"grids": FEW}
     for tuned in (False, True):
         table = recipe | {"measure": recipe["measure"] | {"tuned": tuned}}
-        words = written(scratch, f"again {tuned}", table)
+        words = written(scratch, f"again {int(tuned)}", table)
         name = "after reconstruction" if tuned else "before it"
         yield f"plan by errors {name} 2.5", [*words, "--budget", "2.5bpw"]
 
