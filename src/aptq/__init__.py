@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from aptq.core.scores import Scores as Scores
     from aptq.engine.data import Data as Data
     from aptq.engine.stage import Stage as Stage
+    from aptq.exporting import export_to as export_to
     from aptq.model.model import Model as Model
     from aptq.pipeline import compress as compress
     from aptq.pipeline import measure as measure
@@ -37,6 +38,7 @@ _HOME = {  # public name -> the module that holds it
     "Stage": "aptq.engine.stage",
     "assess": "aptq.assessing",
     "compress": "aptq.pipeline",
+    "export_to": "aptq.exporting",
     "load": "aptq.runtime.load",
     "measure": "aptq.pipeline",
     "plan": "aptq.pipeline",

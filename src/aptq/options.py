@@ -3,8 +3,10 @@
 import dataclasses
 import inspect
 import re
+import tomllib
 import types
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -58,6 +60,20 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
 
 def _choices(value: Any, args: tuple[Any, ...]) -> str:
     return closest(str(value), tuple(str(arg) for arg in args))
+
+
+def parse_pairs(pairs: Iterable[str]) -> dict[str, Any]:
+    """ "KEY=VALUE" texts as a dict; values in TOML's words, text without quotes."""
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        key, sign, text = pair.partition("=")
+        if not sign or not key.isidentifier():
+            raise ValueError(f"not an option: {pair!r}\nKEY=VALUE is expected\ntry --set version=2")
+        try:
+            found[key] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            found[key] = text
+    return found
 
 
 def plain(value: Any) -> Any:

@@ -12,7 +12,7 @@ import typer
 
 from aptq import __version__
 from aptq.cli.common import exit_code
-from aptq.cli.compressing import compress, measure, plan
+from aptq.cli.compressing import compress, export, measure, plan
 from aptq.cli.looking import evaluate, generate, info, list_methods
 
 __all__ = ["app", "exit_code", "main"]
@@ -21,6 +21,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.command()(compress)
 app.command()(measure)
 app.command()(plan)
+app.command()(export)
 app.command("eval")(evaluate)
 app.command()(generate)
 app.command()(info)

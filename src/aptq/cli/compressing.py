@@ -1,4 +1,4 @@
-"""The commands that choose and make: compress, measure, plan."""
+"""The commands that choose and make: compress, measure, plan, export."""
 
 from pathlib import Path
 from typing import Annotated
@@ -152,6 +152,32 @@ def plan(
             print_json(found.to_json())
         else:
             show_outlook(found)
+
+
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run or checkpoint folder")],
+    to: Annotated[str, typer.Option(help="compressed-tensors, gguf or gptq")],
+    out: Annotated[Path, typer.Option(help="New folder; for gguf a new file")],
+    options: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Option of the format")
+    ] = None,
+    as_json: common.Json = False,
+    debug: common.Debug = False,
+) -> None:
+    """Write a compressed RUN in the format of another engine: vLLM, llama.cpp, transformers."""
+    with guard(debug):
+        from aptq.exporting import export_to
+        from aptq.options import parse_pairs
+        from aptq.terminal import Display, quiet_libraries
+
+        quiet_libraries()
+        with Display(quiet=as_json) as display:
+            made = export_to(folder, out, to=to, options=parse_pairs(options or ()), report=display)
+        size = sum(file.stat().st_size for file in [made, *made.rglob("*")] if file.is_file())
+        if as_json:
+            print_json({"out": str(made), "to": to, "nbytes": size})
+        else:
+            typer.echo(f"written to {made} ({size:,} bytes)")
 
 
 def _one_size(
