@@ -9,6 +9,8 @@ from typing import Literal, NoReturn
 import torch
 from torch import Tensor
 
+from aptq.core.kquants import KQUANTS, SUPER, KQuant
+
 Zero = Literal["none", "int", "float"]
 ScaleName = Literal["fp16", "bf16"]
 
@@ -26,6 +28,9 @@ class Element:
 
 ELEMENTS: dict[str, Element] = {f"int{bits}": Element(f"int{bits}", bits) for bits in range(2, 9)}
 ELEMENTS["bf16"] = Element("bf16", 16)
+# GGUF's super-block types whose codes are even steps: one spelling each, no group or zero to choose
+BLOCKED = {name: KQUANTS[name] for name in ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k")}
+ELEMENTS |= {name: Element(name, kind.bits) for name, kind in BLOCKED.items()}
 
 FORM = re.compile(
     r"(?P<element>int[2-8])-(?:g(?P<group>[1-9][0-9]{0,8})|row)"
@@ -54,14 +59,26 @@ class Grid:
         if self.group < 0 or self.zero not in ZERO_SUFFIX or self.scale not in SCALE_DTYPES:
             shown = f"group={self.group} zero={self.zero!r} scale={self.scale!r}"
             _refuse(shown, "group must be >= 0, zero none|int|float, scale fp16|bf16", EXAMPLES)
-        if self.dense:  # one spelling only, so that equal grids compare equal
-            for name, value in (("group", 0), ("zero", "none"), ("scale", "fp16")):
+        kind = self.kind
+        if self.dense or kind is not None:  # one spelling only, so that equal grids compare equal
+            zero = "float" if kind is not None and kind.minimum else "none"
+            group = 0 if kind is None else kind.group
+            for name, value in (("group", group), ("zero", zero), ("scale", "fp16")):
                 object.__setattr__(self, name, value)
 
     @property
     def dense(self) -> bool:
         """True for bf16: the weight is stored as it is, without codes."""
         return self.element == "bf16"
+
+    @property
+    def kind(self) -> KQuant | None:
+        """The super-block type: its scales and real zeros are stored as whole numbers."""
+        return BLOCKED.get(self.element)
+
+    def fits(self, columns: int) -> bool:
+        """Can rows of so many columns be stored?"""
+        return self.kind is None or columns % SUPER == 0
 
     @property
     def bits(self) -> int:
@@ -75,8 +92,8 @@ class Grid:
 
     @property
     def scale_dtype(self) -> torch.dtype:
-        """The dtype in which scales and float zeros are stored."""
-        return SCALE_DTYPES[self.scale]
+        """The dtype of scales and float zeros: as stored, of super-blocks as computed."""
+        return torch.float32 if self.kind is not None else SCALE_DTYPES[self.scale]
 
     def groups(self, columns: int) -> int:
         """Number of groups in a row of `columns` weights."""
@@ -93,13 +110,15 @@ class Grid:
         rows, columns = shape
         if self.dense:
             return 2 * rows * columns
+        if self.kind is not None:
+            return rows * columns // SUPER * self.kind.nbytes
         scales = rows * self.groups(columns)
         codes = rows * math.ceil(columns * self.bits / 8)  # each row starts at a byte
         zeros = {"none": 0, "int": math.ceil(scales * self.bits / 8), "float": 2 * scales}
         return codes + 2 * scales + zeros[self.zero]
 
     def __str__(self) -> str:
-        if self.dense:
+        if self.dense or self.kind is not None:
             return self.element
         group = f"g{self.group}" if self.group else "row"
         scale = "" if self.scale == "fp16" else f"-{self.scale}"
@@ -108,11 +127,11 @@ class Grid:
     @classmethod
     def parse(cls, text: str) -> "Grid":
         """The inverse of str(grid).  Raises ValueError with close matches."""
-        if text == "bf16":
-            return cls(element="bf16")
+        if text == "bf16" or text in BLOCKED:
+            return cls(element=text)
         found = FORM.fullmatch(text)
         if found is None:
-            form = "the form is int<2..8>-(g<columns>|row)[-z|-fz][-bf16], or bf16"
+            form = "the form is int<2..8>-(g<columns>|row)[-z|-fz][-bf16], q2_k to q6_k, or bf16"
             _refuse(text, form, EXAMPLES)
         zeros: dict[str | None, Zero] = {None: "none", "z": "int", "fz": "float"}
         return cls(

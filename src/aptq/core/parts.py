@@ -9,6 +9,8 @@ from torch import Tensor
 
 from aptq.core.bits import pack, packed_size, unpack
 from aptq.core.grid import Grid
+from aptq.core.kbytes import step_bytes, steps_packed, steps_unpacked
+from aptq.core.kquants import SUPER, recovered
 from aptq.core.rounding import Scales, decode, encode, fit, snap
 
 Spec = tuple[torch.dtype, tuple[int, ...]]
@@ -37,6 +39,7 @@ class Quantized:
 
     codes uint8 [out, ceil(in * bits / 8)]; scale [out, groups] in grid.scale_dtype;
     zero None | uint8, the zeros of the whole matrix packed flat | scale_dtype [out, groups].
+    Of super-blocks scale is uint8 [out, n * step_bytes], their steps (kbytes), and zero None.
     """
 
     kind: ClassVar[str] = "quantized"
@@ -50,6 +53,11 @@ class Quantized:
     def make(cls, codes: Tensor, scales: Scales, grid: Grid) -> "Quantized":
         """Pack codes uint8 [out, in] (one per byte) and their scales."""
         zero = scales.zero
+        if grid.kind is not None:
+            low = torch.zeros_like(scales.scale) if zero is None else zero * scales.scale
+            steps = recovered(scales.scale, low, grid.kind)
+            stored = steps_packed(steps, grid.kind)
+            return cls(pack(codes, grid.bits), stored, None, grid, (len(codes), codes.shape[1]))
         if zero is not None:
             zero = pack(zero.flatten(), grid.bits) if grid.zero == "int" else zero.contiguous()
         rows, columns = codes.shape
@@ -78,6 +86,9 @@ class Quantized:
         """Scales of rows start..stop-1 (to the end if None), zeros unpacked."""
         stop = self.shape[0] if stop is None else stop
         scale, zero = self.scale[start:stop], self.zero
+        if self.grid.kind is not None:
+            scale, low = steps_unpacked(scale, self.grid.kind).effective(self.grid.kind)
+            return Scales(scale, low / scale if self.grid.kind.minimum else None)
         if zero is not None and self.grid.zero == "int":
             groups, bits = self.scale.shape[1], self.grid.bits
             skip = start * groups % 8  # eight codes start at a byte, whatever their bits
@@ -163,6 +174,10 @@ def part_specs(grid: Grid, shape: tuple[int, int]) -> dict[str, Spec]:
     rows, columns = shape
     if grid.dense:
         return {"weight": (torch.bfloat16, shape)}
+    if grid.kind is not None:
+        size = columns // SUPER * step_bytes(grid.kind)
+        codes = (rows, packed_size(columns, grid.bits))
+        return {"codes": (torch.uint8, codes), "scale": (torch.uint8, (rows, size))}
     groups = grid.groups(columns)
     specs: dict[str, Spec] = {
         "codes": (torch.uint8, (rows, packed_size(columns, grid.bits))),

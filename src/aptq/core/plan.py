@@ -47,6 +47,10 @@ class Target:
             return itemsize * shape[0] * shape[1]
         return sum(part.grid.nbytes(shape) for part in self.parts)
 
+    def fits(self, shape: tuple[int, int]) -> bool:
+        """Can a weight of shape (out, in) be stored so?"""
+        return all(part.grid.fits(shape[1]) for part in self.parts)
+
     def __str__(self) -> str:
         return "+".join(str(part.grid) for part in self.parts) or KEEP
 
@@ -103,6 +107,15 @@ class Plan:
         for name in shapes:
             if name not in self.targets:
                 _unknown(f"the plan lacks layer {name!r} of the model", name, self.targets)
+        wide = {**(outer or {}), **shapes}
+        odd = [name for name, target in self.targets.items() if not target.fits(wide[name])]
+        if odd:
+            columns = wide[odd[0]][1]
+            raise ValueError(
+                f"{self.targets[odd[0]]} cannot hold some layers\n{len(odd)} of "
+                f"{len(self.targets)}, first {odd[0]}: {columns} columns are no multiple of 256\n"
+                "choose other grids for them: a budget with profile gguf mixes them by width"
+            )
 
     def nbytes(
         self, shapes: Mapping[str, tuple[int, int]], itemsize: int = 2, outer: Collection[str] = ()

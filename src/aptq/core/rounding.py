@@ -10,6 +10,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from aptq.core import kquants
 from aptq.core.grid import Grid
 
 CACHE_TILE = 1 << 16  # weights searched at once on a CPU: the working set stays in its L2 cache
@@ -47,10 +48,14 @@ def fit(
     >= 0.  With a zero: ends min(0, min), max(0, max), scale = (hi - lo) p / (2^b - 1).  Without:
     the element of largest magnitude falls on the lowest level, scale = -x* p / 2^(b-1).
     All-zero groups get scale 1 and decode to exact zeros.  A dense grid has no scales ([out, 0]).
+    Super-block types have a search of their own (kquants.fit).
     Source of the clip search: GPTQ's reference code (arXiv:2210.17323), "mse".
     """
     assert len(shrink) > 0
     weight = weight.detach()
+    if grid.kind is not None:
+        scale, low = kquants.fit(weight, grid.kind, importance=importance).effective(grid.kind)
+        return Scales(scale, low / scale if grid.kind.minimum else None)
     rows, columns = weight.shape
     scale = weight.new_empty((rows, grid.groups(columns)), dtype=grid.scale_dtype)
     if grid.dense:

@@ -86,7 +86,7 @@ class Wishes:
         for name in [*self.shapes, *self.outer]:
             layers = (name,) if name in kept else owner.get(name, (name,))
             if layers not in units:
-                targets = (Target(),) if name in kept else self._allowed(name, least)
+                targets = (Target(),) if name in kept else self._allowed(layers, least)
                 units[layers] = self._unit(layers, targets, scores)
         return list(units.values())
 
@@ -98,9 +98,11 @@ class Wishes:
                 found[name] = max(bits, found.get(name, 0))
         return found
 
-    def _allowed(self, name: str, least: Mapping[str, float]) -> tuple[Target, ...]:
-        bits = least.get(name, 0)
-        return tuple(t for t in self.candidates if code_bits(t) >= bits) or (Target(),)
+    def _allowed(self, layers: Sequence[str], least: Mapping[str, float]) -> tuple[Target, ...]:
+        bits = least.get(layers[0], 0)
+        shapes = [self.outer.get(name) or self.shapes[name] for name in layers]
+        found = (t for t in self.candidates if code_bits(t) >= bits and all(map(t.fits, shapes)))
+        return tuple(found) or (Target(),)
 
     def _unit(self, layers: tuple[str, ...], targets: Sequence[Target], scores: Scores) -> Unit:
         shapes = [self.outer.get(name) or self.shapes[name] for name in layers]

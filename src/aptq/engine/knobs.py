@@ -145,8 +145,12 @@ def vectors(module: nn.Module, *, biases: bool = False) -> dict[str, nn.Paramete
 
 
 def tunable_layers(block: Block) -> dict[str, Layer]:
-    """Layers by name that a knob may open: on an integer grid, not kept and not 16-bit."""
-    return {x.name: x for group in block.groups for x in block.open_layers(group)}
+    """Layers by name that a knob may open: on an integer grid, not kept and not 16-bit.
+
+    Super-blocks stay as they are: their scales are whole numbers and do not move freely.
+    """
+    found = {x.name: x for group in block.groups for x in block.open_layers(group)}
+    return {n: x for n, x in found.items() if x.target.grid is None or x.target.grid.kind is None}
 
 
 def part_in(layer: Layer) -> Quantized | None:

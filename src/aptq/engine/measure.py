@@ -151,7 +151,8 @@ def errors(
     Exactly 0 where a 16-bit target stores the weight as it is.  What the stages count is added to
     `layer.counts`.  Where all is `finished` the stages are not asked.
     """
-    lossy = [target for target in targets if not exact(target)]
+    shape = (layer.weight.shape[0], layer.weight.shape[1])
+    lossy = [target for target in targets if not exact(target) and target.fits(shape)]
     stages = [stage for number, stage in enumerate(stages) if not number or stage.changes]
     if finished is not None:
         made: Iterator[Tensor] = (finished.dense(layer, target) for target in lossy)
@@ -160,7 +161,7 @@ def errors(
     else:
         made = _made(layer, lossy, stages)
     for target in targets:
-        if target.kept:
+        if target.kept or not target.fits(shape):  # what cannot be stored is never chosen
             yield torch.zeros_like(layer.weight)
         elif exact(target):
             yield layer.weight.to(torch.bfloat16).float() - layer.weight

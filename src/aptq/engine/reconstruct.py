@@ -113,6 +113,10 @@ class Reconstruct(Stage):
     def on_blocks(self, blocks: Sequence[Block]) -> None:
         """Tune the blocks of one window together."""
         generator = torch.Generator().manual_seed(blocks[0].index)
+        for block in blocks:
+            for layer in [x for group in block.groups for x in block.open_layers(group)]:
+                if layer.target.grid is not None and layer.target.grid.kind is not None:
+                    nearest(layer)  # no knob opens it
         knobs = [self.open(block, generator) for block in blocks]
         tuned = self.fit(blocks, knobs, generator)
         for block, own in zip(blocks, knobs, strict=True):

@@ -75,12 +75,13 @@ class Refine(Stage):
         part = part_in(layer)
         grid = layer.target.grid if part is None else part.grid
         assert grid is not None, f"{layer.name} has no single grid: {layer.target}"
-        problem = None if grid.dense else self.problem(layer, grid)
+        fixed = grid.dense or grid.kind is not None  # super-blocks keep the scales that they have
+        problem = None if fixed else self.problem(layer, grid)
         if part is None:
             W = layer.weight if problem is None else problem.weight
             layer.parts.append(nearest_part(W, grid))
-            part = part_in(layer) if not grid.dense else None
-        if part is None:
+            part = part_in(layer) if not fixed else None
+        if part is None or fixed:
             return layer
         if problem is None:
             layer.counts["fallbacks"] = layer.counts.get("fallbacks", 0) + 1

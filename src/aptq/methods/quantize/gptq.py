@@ -185,10 +185,14 @@ class GPTQ(Stage):
         weights = error_weights(H, factor.inner, order, self.importance)
         return Problem(W, H, factor.inner, order, weights)
 
+    def fixed(self, grid: Grid) -> bool:
+        """Are all scales known before the sweep?  Groups of a super-block need each other's."""
+        return self.groups == "static" or grid.group == 0 or grid.kind is not None
+
     def compensate(self, layer: Layer, problem: Problem, grid: Grid) -> tuple[Tensor, Scales]:
         """Rounded weight [out, in] float32 and its scales."""
         W, order, weights = problem.W, problem.order, problem.importance
-        fixed, tries = self.groups == "static" or grid.group == 0, shrinks(self.clip)
+        fixed, tries = self.fixed(grid), shrinks(self.clip)
         scales = fit(W, grid, importance=weights, shrink=tries) if fixed else None
         hessian = self.seen(layer)
         if scales is not None and isinstance(hessian, AttentionHessian):

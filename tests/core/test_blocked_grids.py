@@ -1,0 +1,83 @@
+"""Super-block types as grids: one more kind of grid for everything that asks a grid."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from aptq.core.grid import BLOCKED, Grid
+from aptq.core.kbytes import packed
+from aptq.core.kquants import SUPER, recovered
+from aptq.core.linalg import damped_factor
+from aptq.core.parts import Quantized, nearest_part, part_of, part_specs
+from aptq.core.plan import PartSpec, Plan, Target
+from aptq.core.rounding import decode, encode, fit, snap
+from aptq.core.sweep import GridRule, sweep
+
+gguf = pytest.importorskip("gguf")
+GRIDS = [Grid(name) for name in BLOCKED]
+
+
+def weights(seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(24, 2 * SUPER, generator=generator) * 0.05
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_text_and_size(grid: Grid) -> None:
+    assert Grid.parse(str(grid)) == grid
+    assert grid.fits(512)
+    assert not grid.fits(576)
+    assert grid.kind is not None
+    type_ = gguf.GGMLQuantizationType[str(grid).upper()]
+    assert grid.nbytes((24, 512)) == 24 * 2 * gguf.GGML_QUANT_SIZES[type_][1]
+    part = nearest_part(weights(), grid)
+    assert part.nbytes == grid.nbytes((24, 512))
+    found = {name: (t.dtype, tuple(t.shape)) for name, t in part.tensors().items()}
+    assert found == part_specs(grid, (24, 512))
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_part_is_what_ggml_reads(grid: Grid) -> None:
+    W = weights()
+    part = nearest_part(W, grid)
+    assert isinstance(part, Quantized)
+    assert grid.kind is not None
+    scale, zero = part.scales()
+    low = torch.zeros_like(scale) if zero is None else zero * scale
+    data = packed(part.unpacked(), recovered(scale, low, grid.kind), grid.kind)
+    type_ = gguf.GGMLQuantizationType[str(grid).upper()]
+    theirs = torch.from_numpy(gguf.quants.dequantize(data.numpy(), type_))
+    torch.testing.assert_close(part.dense(), theirs, rtol=1e-5, atol=1e-7)
+    again = Quantized.load(part.tensors(), part.meta(), part.shape)
+    assert torch.equal(again.dense(), part.dense())
+    assert torch.equal(part.rows(3, 9), part.dense()[3:9])
+    scales = fit(W, grid)
+    assert torch.equal(snap(W, scales, grid), decode(encode(W, scales, grid), scales, grid))
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_errors_are_fed_back(grid: Grid) -> None:
+    W = weights()
+    X = torch.randn(2000, 512, generator=torch.Generator().manual_seed(1))
+    X = X @ torch.randn(512, 512, generator=torch.Generator().manual_seed(2)) / 16
+    H = X.T @ X / len(X)
+    factor = damped_factor(H, 0.01)[0]
+    assert factor is not None
+    importance = H.diagonal()
+    scales = fit(W, grid, importance=importance)
+    swept = sweep(W, factor.inner, GridRule(grid, (24, 512), scales))
+    part = part_of(swept.rounded, scales, grid)
+    torch.testing.assert_close(part.dense(), swept.rounded, rtol=1e-4, atol=1e-6)
+
+    def loss(Q: Tensor) -> Tensor:
+        return (((Q - W) @ H) * (Q - W)).sum()
+
+    assert loss(part.dense()) < 0.8 * loss(snap(W, scales, grid))
+
+
+def test_a_plan_knows_the_widths() -> None:
+    grid = Grid("q4_k")
+    plan = Plan({"a": Target((PartSpec(grid),)), "b": Target((PartSpec(grid),))})
+    plan.check({"a": (8, 256), "b": (8, 512)})
+    with pytest.raises(ValueError, match="576 columns are no multiple of 256"):
+        plan.check({"a": (8, 256), "b": (8, 576)})

@@ -1,0 +1,78 @@
+"""Plans of GGUF's types: super-blocks where rows are wide enough, 32-wide types elsewhere."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import aptq
+from aptq.core.grid import BLOCKED
+from aptq.recipe import Recipe
+from aptq.runtime.load import dense, load
+from aptq.store.checkpoint import Checkpoint
+from tests.tiny import VOCABULARY, tiny_tokenizer
+
+RECIPE = """
+budget = "4.9bpw"
+profile = "gguf"
+[data]
+samples = 6
+length = 24
+[measure]
+use = "error"
+[allocate]
+use = "milp"
+[[stage]]
+use = "gptq"
+clip = 0.8
+"""
+TUNED = '[[stage]]\nuse = "efficientqat"\nsteps = 4\nbatch = 2\n'
+TUNED += '[[stage]]\nuse = "e2e_qp"\nsteps = 2\nbatch = 2\n'
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A llama whose down projection alone has rows of 256."""
+    folder = tmp_path_factory.mktemp("wide")
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=256,
+        eos_token_id=257,
+    )
+    made = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    made.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("more", ["", TUNED], ids=["gptq", "tuned"])
+def test_types_by_width(model: Path, more: str, tmp_path: Path) -> None:
+    recipe = Recipe.parse(RECIPE + more, "here")
+    done = aptq.compress(model, tmp_path / "run", recipe=recipe)
+    assert done.bits <= 4.9
+    checkpoint = Checkpoint.open(tmp_path / "run")
+    for name, target in checkpoint.plan.targets.items():
+        assert str(target) not in BLOCKED or name.endswith("down_proj"), (name, str(target))
+    assert any(str(target) in BLOCKED for target in checkpoint.plan.targets.values())
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        packed = load(tmp_path / "run", kernel="reference")(ids).logits
+        plain = dense(tmp_path / "run")(ids).logits
+    torch.testing.assert_close(packed, plain, rtol=0.02, atol=0.02)
+
+
+def test_one_type_for_all_is_refused_by_width(model: Path, tmp_path: Path) -> None:
+    recipe = replace(Recipe.parse(RECIPE, "here"), profile="aptq").adapt(grid="q4_k")
+    with pytest.raises(ValueError, match="64 columns are no multiple of 256"):
+        aptq.compress(model, tmp_path / "run", recipe=recipe)
+    assert not (tmp_path / "run").exists()
