@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import aptq
-from aptq.core.grid import BLOCKED
+from aptq.core.kquants import KQUANTS
 from aptq.recipe import Recipe
 from aptq.runtime.load import dense, load
 from aptq.store.checkpoint import Checkpoint
@@ -62,8 +62,8 @@ def test_types_by_width(model: Path, more: str, tmp_path: Path) -> None:
     assert done.bits <= 4.9
     checkpoint = Checkpoint.open(tmp_path / "run")
     for name, target in checkpoint.plan.targets.items():
-        assert str(target) not in BLOCKED or name.endswith("down_proj"), (name, str(target))
-    assert any(str(target) in BLOCKED for target in checkpoint.plan.targets.values())
+        assert str(target) not in KQUANTS or name.endswith("down_proj"), (name, str(target))
+    assert any(str(target) in KQUANTS for target in checkpoint.plan.targets.values())
     ids = torch.arange(12)[None]
     with torch.no_grad():
         packed = load(tmp_path / "run", kernel="reference")(ids).logits

@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import Literal
 
 from aptq.core.budget import Budget
-from aptq.core.grid import BLOCKED, Grid
+from aptq.core.grid import Grid
+from aptq.core.kquants import KQUANTS
 from aptq.core.plan import PartSpec, Plan, Shapes, Target
 from aptq.core.scores import Scores
 from aptq.core.search import Room
@@ -24,7 +25,7 @@ MEASURED = 16_384  # tokens that a measure looks at: 32 windows of 512
 
 # llama.cpp's Q4_0 Q4_1 Q5_0 Q5_1 Q8_0
 GGUF = tuple(map(Grid.parse, ("int4-g32", "int4-g32-fz", "int5-g32", "int5-g32-fz", "int8-g32")))
-GGUF += tuple(map(Grid, BLOCKED))  # Q2_K to Q6_K, where rows are multiples of 256
+GGUF += tuple(map(Grid, KQUANTS))  # Q2_K to Q6_K and IQ4_XS, where rows are multiples of 256
 # compressed-tensors as vLLM's Marlin kernels run it
 VLLM = tuple(
     Grid.parse(f"int{bits}-{group}{zero}")

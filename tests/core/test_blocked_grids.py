@@ -4,17 +4,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from aptq.core.grid import BLOCKED, Grid
+from aptq.core.grid import Grid
 from aptq.core.kbytes import packed
-from aptq.core.kquants import SUPER, recovered
+from aptq.core.kquants import KQUANTS, SUPER, recovered
 from aptq.core.linalg import damped_factor
 from aptq.core.parts import Quantized, nearest_part, part_of, part_specs
 from aptq.core.plan import PartSpec, Plan, Target
 from aptq.core.rounding import decode, encode, fit, snap
 from aptq.core.sweep import GridRule, sweep
+from aptq.kernels.reference import Reference
+from aptq.runtime.embedding import kernel_rows
 
 gguf = pytest.importorskip("gguf")
-GRIDS = [Grid(name) for name in BLOCKED]
+GRIDS = [Grid(name) for name in KQUANTS]
 
 
 def weights(seed: int = 0) -> Tensor:
@@ -51,7 +53,10 @@ def test_part_is_what_ggml_reads(grid: Grid) -> None:
     again = Quantized.load(part.tensors(), part.meta(), part.shape)
     assert torch.equal(again.dense(), part.dense())
     assert torch.equal(part.rows(3, 9), part.dense()[3:9])
+    rows = torch.tensor([5, 0, 5])
+    assert torch.equal(kernel_rows(Reference(part), rows), part.dense()[rows])
     scales = fit(W, grid)
+    assert torch.equal(encode(decode(part.unpacked(), scales, grid), scales, grid), part.unpacked())
     assert torch.equal(snap(W, scales, grid), decode(encode(W, scales, grid), scales, grid))
 
 

@@ -28,9 +28,8 @@ class Element:
 
 ELEMENTS: dict[str, Element] = {f"int{bits}": Element(f"int{bits}", bits) for bits in range(2, 9)}
 ELEMENTS["bf16"] = Element("bf16", 16)
-# GGUF's super-block types whose codes are even steps: one spelling each, no group or zero to choose
-BLOCKED = {name: KQUANTS[name] for name in ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k")}
-ELEMENTS |= {name: Element(name, kind.bits) for name, kind in BLOCKED.items()}
+# GGUF's super-block types: one spelling each, no group or zero to choose
+ELEMENTS |= {name: Element(name, kind.bits) for name, kind in KQUANTS.items()}
 
 FORM = re.compile(
     r"(?P<element>int[2-8])-(?:g(?P<group>[1-9][0-9]{0,8})|row)"
@@ -74,7 +73,12 @@ class Grid:
     @property
     def kind(self) -> KQuant | None:
         """The super-block type: its scales and real zeros are stored as whole numbers."""
-        return BLOCKED.get(self.element)
+        return KQUANTS.get(self.element)
+
+    @property
+    def table(self) -> Tensor | None:
+        """What codes stand for where that is no even step, float32 [levels], ascending."""
+        return None if self.kind is None or self.kind.even else self.kind.levels()
 
     def fits(self, columns: int) -> bool:
         """Can rows of so many columns be stored?"""
@@ -127,11 +131,12 @@ class Grid:
     @classmethod
     def parse(cls, text: str) -> "Grid":
         """The inverse of str(grid).  Raises ValueError with close matches."""
-        if text == "bf16" or text in BLOCKED:
+        if text == "bf16" or text in KQUANTS:
             return cls(element=text)
         found = FORM.fullmatch(text)
         if found is None:
-            form = "the form is int<2..8>-(g<columns>|row)[-z|-fz][-bf16], q2_k to q6_k, or bf16"
+            form = "the form is int<2..8>-(g<columns>|row)[-z|-fz][-bf16], or bf16"
+            form += ", or of GGUF's " + ", ".join(KQUANTS)
             _refuse(text, form, EXAMPLES)
         zeros: dict[str | None, Zero] = {None: "none", "z": "int", "fz": "float"}
         return cls(

@@ -29,9 +29,14 @@ class KQuant:
     minimum: bool  # does a group have a minimum, with numbers 0..high?
     nbytes: int  # of a super-block
 
+    @property
+    def even(self) -> bool:
+        """Are levels at equal distances?"""
+        return self.name != "iq4_xs"
+
     def levels(self) -> Tensor:
         """What the codes stand for in units of their scale, float32 [2^bits], ascending."""
-        if self.name == "iq4_xs":
+        if not self.even:
             return torch.tensor(IQ4, dtype=torch.float32)
         offset = 0 if self.minimum else 1 << (self.bits - 1)
         return torch.arange(1 << self.bits, dtype=torch.float32) - offset
@@ -72,9 +77,14 @@ def encode(weight: Tensor, scale: Tensor, low: Tensor, kind: KQuant) -> Tensor:
     levels = kind.levels().to(weight.device)
     safe = torch.where(scale == 0, 1.0, scale)
     value = torch.where(scale == 0, 0.0, (weight + low) / safe)
-    if kind.name == "iq4_xs":
-        return torch.bucketize(value, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+    if not kind.even:
+        return between(value, levels).to(torch.uint8)
     return (value - levels[0]).round_().clamp_(0, len(levels) - 1).to(torch.uint8)
+
+
+def between(values: Tensor, levels: Tensor) -> Tensor:
+    """Numbers of the levels (ascending) nearest to values; the lower one of two."""
+    return torch.bucketize(values, (levels[1:] + levels[:-1]) / 2)
 
 
 def decode(codes: Tensor, scale: Tensor, low: Tensor, kind: KQuant) -> Tensor:

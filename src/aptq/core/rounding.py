@@ -91,8 +91,13 @@ def encode(
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     for part, scale, zero, out in _aligned(weight, scales, grid, columns, codes):
         level = level_of(part / scale, zero, grid)
-        # (code - zero) + zero is exact in float32 for every float16 and bfloat16 zero (all tried).
-        out.copy_(level.add_(code_offset(zero, grid)))
+        if (table := grid.table) is not None:
+            out.copy_(torch.searchsorted(table.to(level), level))
+            continue
+        # (code - zero) + zero is exact in float32 for every float16 and bfloat16 zero (all tried);
+        # zeros of super-blocks are float32
+        level.add_(code_offset(zero, grid))
+        out.copy_(level if grid.kind is None else level.round_())
     return codes
 
 
@@ -109,7 +114,10 @@ def decode(
     values = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     for part, scale, zero, out in _aligned(codes, scales, grid, columns, values):
         exact = out if dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
-        exact.copy_(part).sub_(code_offset(zero, grid)).mul_(scale)
+        if (table := grid.table) is not None:
+            exact.copy_(table.to(part.device)[part.long()]).mul_(scale)
+        else:
+            exact.copy_(part).sub_(code_offset(zero, grid)).mul_(scale)
         if exact is not out:
             out.copy_(exact)
     return values
@@ -143,6 +151,9 @@ def level_of(values: Tensor, zero: Tensor | None, grid: Grid) -> Tensor:
     zero: float32, broadcasts against values.  A whole zero is kept out of the rounding, so that
     ties do not depend on it.
     """
+    if (table := grid.table) is not None:
+        table = table.to(values)
+        return values.copy_(table[kquants.between(values, table)])
     if zero is None:
         half = grid.levels // 2
         return values.round_().clamp_(-half, half - 1)

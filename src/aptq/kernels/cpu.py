@@ -75,6 +75,7 @@ class Int4(Kernel):
         return (
             isinstance(part, Quantized)
             and part.grid.bits == 4
+            and part.grid.table is None
             and device.type == "cpu"
             and dtype == torch.bfloat16
             and part.shape[0] % 16 == 0

@@ -75,6 +75,9 @@ def kernel_rows(kernel: nn.Module, rows: Tensor) -> Tensor:
     if isinstance(part, Dense):
         return part.weight[rows].float()
     assert isinstance(part, Quantized), type(part)
+    if part.grid.kind is not None:
+        shape = (len(rows), part.shape[1])
+        return Quantized(part.codes[rows], part.scale[rows], None, part.grid, shape).dense()
     codes = unpack(part.codes[rows], part.grid.bits, part.shape[1])
     zero = part.zero
     if zero is not None:
