@@ -9,7 +9,7 @@ from typing import Literal, NoReturn
 import torch
 from torch import Tensor
 
-from aptq.core.kquants import KQUANTS, SUPER, KQuant
+from aptq.core.kquants import IQ4, KQUANTS, SUPER, KQuant
 
 Zero = Literal["none", "int", "float"]
 ScaleName = Literal["fp16", "bf16"]
@@ -30,6 +30,7 @@ ELEMENTS: dict[str, Element] = {f"int{bits}": Element(f"int{bits}", bits) for bi
 ELEMENTS["bf16"] = Element("bf16", 16)
 # GGUF's super-block types: one spelling each, no group or zero to choose
 ELEMENTS |= {name: Element(name, kind.bits) for name, kind in KQUANTS.items()}
+ELEMENTS["iq4_nl"] = Element("iq4_nl", 4)  # the table of iq4_xs with an fp16 scale for 32 columns
 
 FORM = re.compile(
     r"(?P<element>int[2-8])-(?:g(?P<group>[1-9][0-9]{0,8})|row)"
@@ -59,9 +60,9 @@ class Grid:
             shown = f"group={self.group} zero={self.zero!r} scale={self.scale!r}"
             _refuse(shown, "group must be >= 0, zero none|int|float, scale fp16|bf16", EXAMPLES)
         kind = self.kind
-        if self.dense or kind is not None:  # one spelling only, so that equal grids compare equal
+        if self.dense or self.special:  # one spelling only, so that equal grids compare equal
             zero = "float" if kind is not None and kind.minimum else "none"
-            group = 0 if kind is None else kind.group
+            group = 0 if self.dense else 32 if kind is None else kind.group
             for name, value in (("group", group), ("zero", zero), ("scale", "fp16")):
                 object.__setattr__(self, name, value)
 
@@ -78,11 +79,16 @@ class Grid:
     @property
     def table(self) -> Tensor | None:
         """What codes stand for where that is no even step, float32 [levels], ascending."""
-        return None if self.kind is None or self.kind.even else self.kind.levels()
+        return torch.tensor(IQ4, dtype=torch.float32) if self.element.startswith("iq4") else None
+
+    @property
+    def special(self) -> bool:
+        """Is it a type of GGUF's own: scales that do not move freely, or levels from a table?"""
+        return self.kind is not None or self.table is not None
 
     def fits(self, columns: int) -> bool:
         """Can rows of so many columns be stored?"""
-        return self.kind is None or columns % SUPER == 0
+        return columns % (SUPER if self.kind is not None else 32 if self.special else 1) == 0
 
     @property
     def bits(self) -> int:
@@ -122,7 +128,7 @@ class Grid:
         return codes + 2 * scales + zeros[self.zero]
 
     def __str__(self) -> str:
-        if self.dense or self.kind is not None:
+        if self.dense or self.special:
             return self.element
         group = f"g{self.group}" if self.group else "row"
         scale = "" if self.scale == "fp16" else f"-{self.scale}"
@@ -131,12 +137,12 @@ class Grid:
     @classmethod
     def parse(cls, text: str) -> "Grid":
         """The inverse of str(grid).  Raises ValueError with close matches."""
-        if text == "bf16" or text in KQUANTS:
+        if not text.startswith("int") and text in ELEMENTS:
             return cls(element=text)
         found = FORM.fullmatch(text)
         if found is None:
             form = "the form is int<2..8>-(g<columns>|row)[-z|-fz][-bf16], or bf16"
-            form += ", or of GGUF's " + ", ".join(KQUANTS)
+            form += ", or of GGUF's iq4_nl, " + ", ".join(KQUANTS)
             _refuse(text, form, EXAMPLES)
         zeros: dict[str | None, Zero] = {None: "none", "z": "int", "fz": "float"}
         return cls(

@@ -101,10 +101,7 @@ def fit(weight: Tensor, kind: KQuant, *, importance: Tensor | None = None) -> St
     """
     out, columns = weight.shape
     assert columns % SUPER == 0, (columns, SUPER)
-    W = weight.detach().float().view(out, -1, kind.group)
-    V = torch.ones_like(W)
-    if importance is not None:
-        V = importance.to(W).expand(out, columns).reshape(W.shape) + 1e-12
+    W, V = _grouped(weight, importance, kind.group)
     scale, low = _groups(W, V, kind)
     inside = SUPER // kind.group
     above = _unit(scale.view(out, -1, inside), kind)
@@ -115,6 +112,21 @@ def fit(weight: Tensor, kind: KQuant, *, importance: Tensor | None = None) -> St
         e = below.float().repeat_interleave(inside, 1)
     a, b = _numbers(W, V, kind, (scale, low), d, e)
     return Steps(a, b if kind.minimum else None, above, below)
+
+
+def table_scales(weight: Tensor, importance: Tensor | None) -> Tensor:
+    """Real scales float32 [out, in / 32] for the levels of IQ4; arguments as in `fit`."""
+    kind = KQUANTS["iq4_xs"]
+    W, V = _grouped(weight, importance, kind.group)
+    return _groups(W, V, kind)[0]
+
+
+def _grouped(weight: Tensor, importance: Tensor | None, size: int) -> tuple[Tensor, Tensor]:
+    """Weight and importance as [out, groups, size], float32."""
+    W = weight.detach().float().view(len(weight), -1, size)
+    if importance is None:
+        return W, torch.ones_like(W)
+    return W, importance.to(W).expand(weight.shape).reshape(W.shape) + 1e-12
 
 
 def _unit(scale: Tensor, kind: KQuant) -> Tensor:

@@ -57,6 +57,9 @@ def fit(
         scale, low = kquants.fit(weight, grid.kind, importance=importance).effective(grid.kind)
         return Scales(scale, low / scale if grid.kind.minimum else None)
     rows, columns = weight.shape
+    if grid.table is not None:
+        scale = kquants.table_scales(weight, importance)
+        return Scales(_storable(scale, grid.scale_dtype).masked_fill_(scale == 0, 1.0), None)
     scale = weight.new_empty((rows, grid.groups(columns)), dtype=grid.scale_dtype)
     if grid.dense:
         return Scales(scale, None)

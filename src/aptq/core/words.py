@@ -26,5 +26,6 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
 def unpack_words(packed: Tensor, bits: int, n: int) -> Tensor:
     """int32 [..., ceil(n * bits / 32)] -> uint8 codes [..., n]: the inverse of pack_words."""
     assert packed.shape[-1] == words(n, bits), (packed.shape, bits, n)
-    stream = packed.contiguous().view(torch.uint8)
+    # Flat first: of a single column, contiguous() keeps strides that no view as bytes can have.
+    stream = packed.flatten().view(torch.uint8).view(*packed.shape[:-1], 4 * packed.shape[-1])
     return unpack(stream[..., : -(-n * bits // 8)].contiguous(), bits, n)

@@ -147,10 +147,10 @@ def vectors(module: nn.Module, *, biases: bool = False) -> dict[str, nn.Paramete
 def tunable_layers(block: Block) -> dict[str, Layer]:
     """Layers by name that a knob may open: on an integer grid, not kept and not 16-bit.
 
-    Super-blocks stay as they are: their scales are whole numbers and do not move freely.
+    GGUF's own types stay as they are: whole numbers scale them, or their levels are a table.
     """
     found = {x.name: x for group in block.groups for x in block.open_layers(group)}
-    return {n: x for n, x in found.items() if x.target.grid is None or x.target.grid.kind is None}
+    return {n: x for n, x in found.items() if x.target.grid is None or not x.target.grid.special}
 
 
 def part_in(layer: Layer) -> Quantized | None:

@@ -115,7 +115,7 @@ class Reconstruct(Stage):
         generator = torch.Generator().manual_seed(blocks[0].index)
         for block in blocks:
             for layer in [x for group in block.groups for x in block.open_layers(group)]:
-                if layer.target.grid is not None and layer.target.grid.kind is not None:
+                if layer.target.grid is not None and layer.target.grid.special:
                     nearest(layer)  # no knob opens it
         knobs = [self.open(block, generator) for block in blocks]
         tuned = self.fit(blocks, knobs, generator)

@@ -75,7 +75,7 @@ class Refine(Stage):
         part = part_in(layer)
         grid = layer.target.grid if part is None else part.grid
         assert grid is not None, f"{layer.name} has no single grid: {layer.target}"
-        fixed = grid.dense or grid.kind is not None  # super-blocks keep the scales that they have
+        fixed = grid.dense or grid.special  # types of GGUF's own keep the scales that they have
         problem = None if fixed else self.problem(layer, grid)
         if part is None:
             W = layer.weight if problem is None else problem.weight

@@ -188,7 +188,7 @@ class GPTQ(Stage):
 
     def fixed(self, grid: Grid) -> bool:
         """Are all scales known before the sweep?  Groups of a super-block need each other's."""
-        return self.groups == "static" or grid.group == 0 or grid.kind is not None
+        return self.groups == "static" or grid.group == 0 or grid.special
 
     def compensate(self, layer: Layer, problem: Problem, grid: Grid) -> tuple[Tensor, Scales]:
         """Rounded weight [out, in] float32 and its scales."""
