@@ -53,7 +53,7 @@ def test_remote_code_of_a_family_that_transformers_has_adopted(llama: Path) -> N
     assert Model.open(_configure(llama, auto_map=entry)).blocks == 2
 
 
-@pytest.mark.parametrize("method", ["gptq", "fp8", "mxfp4"])
+@pytest.mark.parametrize("method", ["awq", "fp8", "mxfp4"])
 def test_quantized_source(llama: Path, method: str) -> None:
     message = refusal(_configure(llama, quantization_config={"quant_method": method}))
     assert f"already quantized ({method})" in message

@@ -7,13 +7,14 @@ The checks bound every length by the file size before any other reader sees the 
 import hashlib
 import os
 import struct
-import tempfile
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from aptq.model.cache import once
 
 _STRING, _ARRAY = 8, 9
 # Bytes of the fixed-width value types of GGUF: u8 i8 u16 i16 u32 i32 f32 bool, u64 i64 f64.
@@ -29,21 +30,8 @@ def converted(path: Path, cache: Path | None, dtype: torch.dtype) -> Path:
     a family that transformers cannot dequantize.
     """
     check(path)
-    root = (cache or Path.home() / ".cache" / "aptq") / "gguf"
-    target = root / f"{path.stem}-{_identity(path, dtype)}"
-    if not target.is_dir():
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root) as work:
-            made = Path(work) / "model"
-            made.mkdir()
-            _convert(path, made, dtype)
-            try:
-                os.rename(made, target)
-            except OSError:
-                # Another process was faster: its folder is the same model.
-                if not target.is_dir():
-                    raise
-    return target
+    name = f"{path.stem}-{_identity(path, dtype)}"
+    return once(cache, "gguf", name, lambda made: _convert(path, made, dtype))
 
 
 def _identity(path: Path, dtype: torch.dtype) -> str:

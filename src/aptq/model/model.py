@@ -100,10 +100,10 @@ class Model:
         """Open a Hugging Face folder, a hub id or a .gguf file; reads headers only.
 
         `dtype` (default: that of the source) is the dtype of loaded weights and activations,
-        `cache` the folder for converted .gguf files.  Raises ValueError, in three lines, for
-        every source that cannot be compressed correctly.
+        `cache` the folder for sources that are converted first (.gguf, GPTQ, compressed-tensors).
+        Raises ValueError, in three lines, for every source that cannot be compressed correctly.
         """
-        found = find(source, revision, cache, dtype or torch.bfloat16)
+        found = find(source, revision, cache, dtype)
         config = read_config(found.folder)
         shards = Shards(found.folder)
         if dtype is None:

@@ -10,7 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from aptq.model.gguf import converted
+from aptq.model.gguf import converted as from_gguf
 
 # Tokenizer, chat template and generation settings, as transformers names them.
 _CARRIED = (
@@ -25,6 +25,7 @@ _CARRIED = (
     "chat_template*",
     "generation_config.json",
 )
+READ = ("gptq", "compressed-tensors")  # methods of quantized sources that model/quantized decodes
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -45,13 +46,15 @@ def resolve(
     source: str | Path,
     revision: str | None,
     cache: Path | None,
-    dtype: torch.dtype = torch.bfloat16,  # nearly all models are published in it
+    dtype: torch.dtype | None = None,
     *,
     weights: bool = True,
 ) -> Source:
-    """Find (download, convert) the folder of a model; `dtype` is what a .gguf is converted to.
+    """Find (download, convert) the folder of a model.
 
-    Without `weights` the small files are enough and nothing else is fetched.
+    dtype: what a .gguf (None: bfloat16, in which nearly all models are published) or a quantized
+    folder (None: that of its config.json) is converted to.  Without `weights` the small files are
+    enough and nothing else is fetched.
     Raises ValueError, in three lines, where there is no model or no network for a hub id.
     """
     name, path = str(source), Path(source).expanduser()
@@ -60,14 +63,28 @@ def resolve(
             refuse("there is no such file", name, "give the path of a .gguf file")
         if path.suffix != ".gguf":
             refuse("this file is no model", name, "give a Hugging Face folder or a .gguf file")
-        return Source(path.stem, converted(path, cache, dtype))
+        return Source(path.stem, from_gguf(path, cache, dtype or torch.bfloat16))
     if not path.is_dir():
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
             refuse("there is no such folder", name, "give a Hugging Face folder or a .gguf file")
         path = _download(name, revision, weights)
     if weights:
         _check_folder(path)
+        path = _dequantized(path, cache, dtype)
     return Source(name, path)
+
+
+def _dequantized(folder: Path, cache: Path | None, dtype: torch.dtype | None) -> Path:
+    """`folder`, or of a quantized one that can be read a folder with ordinary weights."""
+    try:
+        raw = json.loads((folder / "config.json").read_text())
+        if raw["quantization_config"]["quant_method"] not in READ or not raw["model_type"]:
+            return folder
+    except (OSError, ValueError, KeyError, TypeError):
+        return folder  # read_config says what is wrong, if anything is
+    from aptq.model.quantized import converted  # it reads shards, which refuse as this file does
+
+    return converted(folder, raw, Source("", folder).files(), cache, dtype)
 
 
 def refuse(what: str, where: str, instead: str) -> NoReturn:
@@ -78,7 +95,8 @@ def refuse(what: str, where: str, instead: str) -> NoReturn:
 def read_config(folder: Path) -> PreTrainedConfig:
     """The config of a plain, unquantized causal language model of a family in transformers.
 
-    Raises ValueError by name for remote code, quantized sources and anything that is no
+    Of a quantized one that `resolve` converts it is the config of the model behind it.  Raises
+    ValueError by name for remote code, other quantized sources and anything that is no
     decoder-only language model.
     """
     path = folder / "config.json"
@@ -90,11 +108,12 @@ def read_config(folder: Path) -> PreTrainedConfig:
     method = raw.get("quantization_config")
     if method is not None:
         kind = method.get("quant_method", "unknown") if isinstance(method, dict) else method
-        refuse(
-            f"the model is already quantized ({kind})",
-            f"{path}: quantization_config",
-            "start from the original bf16, fp16 or fp32 model",
-        )
+        if kind not in READ:
+            refuse(
+                f"the model is already quantized ({kind})",
+                f"{path}: quantization_config",
+                "start from the original bf16, fp16 or fp32 model",
+            )
     native = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
     _check_remote(path, raw, native)
     if model_type not in CONFIG_MAPPING_NAMES:
@@ -106,6 +125,8 @@ def read_config(folder: Path) -> PreTrainedConfig:
     _check_causal(path, raw, native)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     assert isinstance(config, PreTrainedConfig)
+    if method is not None:
+        del config.quantization_config
     return config
 
 
