@@ -24,6 +24,7 @@ NAMES = {
     "compress",
     "load",
     "measure",
+    "export_to",
     "plan",
 }
 

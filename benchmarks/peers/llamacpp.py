@@ -4,8 +4,9 @@ usage: python llamacpp.py MODEL --tools BUILD/bin --whole MODEL.gguf --type Q4_K
 TOOLS holds llama-quantize and llama-imatrix, built from the sources in the sdist llama-cpp-python:
     cmake -S vendor/llama.cpp -B BUILD -DLLAMA_CURL=OFF -DBUILD_SHARED_LIBS=OFF
     cmake --build BUILD --target llama-quantize llama-imatrix
-A bf16 .gguf is made by llama.cpp's converter or by `aptq export`.  The importance matrix is made of the text that our recipes calibrate on, cut to as many tokens.
-Prints one JSON line with the bytes and bits of the linears inside the blocks.
+A bf16 .gguf is made by llama.cpp's converter or by `aptq export`.  The importance matrix is made of
+the text that our recipes calibrate on, cut to as many tokens.  Prints one JSON line with the bytes
+and bits of the linears inside the blocks.
 """
 
 from __future__ import annotations
