@@ -27,6 +27,7 @@ from tests.tiny import tiny_model
 
 COMMON = {"--debug", "--help", "--json"}
 OPTIONS = {
+    "export": {"--debug", "--help", "--json", "--out", "--set", "--to"},
     "compress": {
         *COMMON,
         "--activations",

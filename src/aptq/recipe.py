@@ -144,8 +144,10 @@ class Recipe:
     ) -> "Recipe":
         """The recipe with some of its values replaced (None and () leave them).
 
-        A grid without a budget is taken as it is; `seed` is also that of the data.
+        A grid without a budget is taken as it is; a profile brings the candidates of its engine;
+        `seed` is also that of the data.
         """
+        candidates = () if profile in ("gguf", "vllm") else self.grids
         changes: dict[str, Any] = {
             "source": source,
             "samples": samples,
@@ -158,7 +160,7 @@ class Recipe:
         return dataclasses.replace(
             self,
             data=data,
-            grids=self.grids if grid is None else (Grid.parse(grid),),
+            grids=candidates if grid is None else (Grid.parse(grid),),
             budget=self.budget if (budget, grid) == (None, None) else budget or "",
             keep=keep or self.keep,
             profile=profile or self.profile,
