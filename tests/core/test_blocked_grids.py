@@ -11,6 +11,7 @@ from aptq.core.linalg import damped_factor
 from aptq.core.parts import Quantized, nearest_part, part_of, part_specs
 from aptq.core.plan import PartSpec, Plan, Target
 from aptq.core.rounding import decode, encode, fit, snap
+from aptq.core.stack import StackRule
 from aptq.core.sweep import GridRule, sweep
 from aptq.kernels.reference import Reference
 from aptq.runtime.embedding import kernel_rows
@@ -94,3 +95,15 @@ def test_a_plan_knows_the_widths() -> None:
     plan.check({"a": (8, 256), "b": (8, 512)})
     with pytest.raises(ValueError, match="576 columns are no multiple of 256"):
         plan.check({"a": (8, 256), "b": (8, 576)})
+
+
+def test_all_types_are_swept_together() -> None:
+    """Stacked candidates come out as each by itself."""
+    W, grids = weights(), [*GRIDS, Grid("int4", 32), Grid("int3", 64, "float")]
+    U = torch.linalg.qr(torch.randn(512, 512, generator=torch.Generator().manual_seed(1)))[1]
+    U = U * U.diagonal().sign()[:, None] / 20
+    scales = [fit(W, grid) for grid in grids]
+    together = sweep(W.repeat(len(grids), 1), U, StackRule(grids, scales, 512)).rounded
+    for grid, held, got in zip(grids, scales, together.split(len(W)), strict=True):
+        alone = sweep(W, U, GridRule(grid, (24, 512), held)).rounded
+        torch.testing.assert_close(got, alone, rtol=1e-5, atol=1e-6)

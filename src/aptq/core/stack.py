@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from aptq.core.grid import Grid
+from aptq.core.kquants import between
 from aptq.core.rounding import Scales
 
 ROW_BYTES = 28  # a column of one row: weight, error, rounded value, scale, low, high, shift
@@ -24,6 +25,12 @@ class StackRule:
         cut = [_limits(g, s, columns) for g, s in zip(grids, scales, strict=True)]
         self.scale, self.low, self.high = (torch.cat([c[i] for c in cut], 1) for i in range(3))
         self.shift = torch.cat([c[3] for c in cut], 1) if shift else None
+        self.tables: list[tuple[slice, Tensor]] = []  # rows whose levels are a table
+        start = 0
+        for grid, held in zip(grids, scales, strict=True):
+            rows = slice(start, start := start + len(held.scale))
+            if (table := grid.table) is not None:
+                self.tables.append((rows, table.to(held.scale.device)))
 
     def begin(self, columns: Tensor, weight: Tensor) -> None:
         """Nothing to fit: scales are given."""
@@ -39,6 +46,8 @@ class StackRule:
         torch.minimum(level, self.high[column], out=level)
         if self.shift is not None:
             level.sub_(self.shift[column])
+        for rows, table in self.tables:
+            level[rows] = table[between(values[rows] / scale[rows], table)]
         return level.mul_(scale)
 
 

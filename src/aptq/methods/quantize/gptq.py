@@ -157,7 +157,6 @@ class GPTQ(Stage):
         """
         grids = [target.grid for target in targets if target.grid is not None]
         simple = self.groups == "static" and self.columns != "grouped" and not self.attentive
-        simple &= all(grid.table is None for grid in grids)
         problem = self.prepare(layer, grids[0]) if simple and grids else None
         if problem is None or len(grids) < len(targets):
             yield from super().attempt(layer, targets)
