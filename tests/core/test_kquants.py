@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from aptq.core.kbytes import packed, steps_packed, steps_unpacked
-from aptq.core.kquants import KQUANTS, SUPER, KQuant, Steps, decode, encode, fit, recovered
+from aptq.core.kquants import KQUANTS, SUPER, KQuant, Steps, between, decode, encode, fit, recovered
 
 gguf = pytest.importorskip("gguf")
 
@@ -120,3 +120,10 @@ def test_better_than_the_largest_value(name: str) -> None:
     scale, low = (x.repeat_interleave(kind.group, 1) for x in (span, -lo * kind.minimum))
     plain = decode(encode(W, scale, low, kind), scale, low, kind)
     assert ours < (plain - W).square().sum()
+
+
+def test_between_takes_the_nearest_level() -> None:
+    levels = KQUANTS["iq4_xs"].levels()
+    values = torch.cat([torch.linspace(-200, 200, 4001), (levels[1:] + levels[:-1]) / 2])
+    nearest = (values[:, None] - levels).abs().argmin(1)
+    assert torch.equal(levels[between(values, levels)], levels[nearest])

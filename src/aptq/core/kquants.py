@@ -83,8 +83,14 @@ def encode(weight: Tensor, scale: Tensor, low: Tensor, kind: KQuant) -> Tensor:
 
 
 def between(values: Tensor, levels: Tensor) -> Tensor:
-    """Numbers of the levels (ascending) nearest to values; the lower one of two."""
-    return torch.bucketize(values, (levels[1:] + levels[:-1]) / 2)
+    """Numbers of the whole levels (ascending) nearest to values; the lower one of two.
+
+    Borders are whole in units of a half: a search in 15 of them takes five times as long.
+    """
+    reach = 2 * int(levels.abs().max())
+    halves = torch.arange(-reach, reach + 1, device=values.device)
+    owner = torch.bucketize(halves, (levels[1:] + levels[:-1]).to(halves))
+    return owner[(values * 2).ceil_().clamp_(-reach, reach).long() + reach]
 
 
 def decode(codes: Tensor, scale: Tensor, low: Tensor, kind: KQuant) -> Tensor:
