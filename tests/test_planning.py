@@ -53,7 +53,9 @@ def table(model: Model, wanted: Recipe) -> Scores:
     return Scores("error", "relative", tuple(map(str, targets)), rows, zeros)
 
 
-@pytest.mark.parametrize(("profile", "bits"), [("vllm", {4, 8, 16}), ("gguf", {2, 3, 4, 5, 6, 8, 16})])
+@pytest.mark.parametrize(
+    ("profile", "bits"), [("vllm", {4, 8, 16}), ("gguf", {2, 3, 4, 5, 6, 8, 16})]
+)
 def test_an_engine_limits_the_candidates(profile: str, bits: set[int]) -> None:
     assert {grid.bits for grid in grids(recipe(f"profile = '{profile}'\n"))} == bits
     some = recipe(f"profile = '{profile}'\ngrids = ['int2-g32', 'int8-g32']\n")

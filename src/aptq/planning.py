@@ -25,7 +25,7 @@ MEASURED = 16_384  # tokens that a measure looks at: 32 windows of 512
 
 # llama.cpp's Q4_0 Q4_1 Q5_0 Q5_1 Q8_0
 GGUF = tuple(map(Grid.parse, ("int4-g32", "int4-g32-fz", "int5-g32", "int5-g32-fz", "int8-g32")))
-GGUF += tuple(map(Grid, ("iq4_nl", *KQUANTS)))  # Q2_K to Q6_K and IQ4_XS where rows are multiples of 256
+GGUF += tuple(map(Grid, ("iq4_nl", *KQUANTS)))  # the latter for rows of a multiple of 256
 # compressed-tensors as vLLM's Marlin kernels run it: zeros with 4 bits alone
 VLLM = tuple(
     Grid.parse(f"int{bits}-{group}{zero}")
