@@ -179,7 +179,7 @@ def check_weights(run: Path, path: Path, atol: float = 0.0) -> None:
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_llama_cpp_computes_the_same(kind: str, tmp_path: Path) -> None:
-    run = compressed(source(tmp_path / "model", kind), tmp_path / "run", *EXACT, "keep")
+    run = compressed(source(tmp_path / "model", kind), tmp_path / "run", *EXACT, "bf16", "keep")
     path = export_to(run, tmp_path / "tiny.gguf", to="gguf")
     stored = Stored.open(run)
     assert Gguf().nbytes(stored.model, stored.checkpoint.plan) == path.stat().st_size

@@ -153,9 +153,9 @@ class Gguf(Exporter):
 
     def _kind(self, grid: Grid) -> Kind | None:
         """The block type that holds a grid."""
-        if grid.special:
+        if grid.special or grid.dense:
             return Kind[grid.element.upper()]
-        if grid.dense or grid.group != BLOCK or grid.scale != "fp16":
+        if grid.group != BLOCK or grid.scale != "fp16":
             return None
         if grid.zero == "none":
             return _EXACT.get(grid.element)
@@ -170,7 +170,7 @@ class Gguf(Exporter):
             grids = ", ".join([*exact, *rounded])
             why = f"no block type of ggml is {grid}{more}"
             yield Obstacle(name, why, f'plan with profile = "gguf" or candidates of {grids}')
-        elif shape[1] % (size := BLOCK if grid.kind is None else SUPER):
+        elif not grid.dense and shape[1] % (size := BLOCK if grid.kind is None else SUPER):
             why = f"{shape[1]} columns are no multiple of {size}"
             yield Obstacle(name, why, "keep this layer")
 
@@ -186,7 +186,10 @@ def _data(stored: Stored, entry: Entry) -> np.ndarray:
     if entry.kind not in _DTYPES:
         part = stored.part([path.removesuffix(".weight")])
         return blocks(part, order, path)
-    tensor = stored.checkpoint.tensor(path)[order].to(_DTYPES[entry.kind])
+    layer = path.removesuffix(".weight")
+    planned = layer in stored.checkpoint.plan.targets
+    tensor = stored.weight([layer]) if planned else stored.checkpoint.tensor(path)
+    tensor = tensor[order].to(_DTYPES[entry.kind])
     if path.endswith("norm.weight"):
         tensor = tensor + model.arch.norm_shift  # float32, so exact for every 16-bit weight
     check_finite_tensor(path, tensor)
