@@ -23,7 +23,7 @@ from typing import Any
 import gguf
 import torch
 from llm_compressor import DATA
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 
 def arguments() -> argparse.Namespace:
@@ -89,8 +89,9 @@ def main() -> None:
         report |= {"packed_bytes": small.stat().st_size, "seconds": {"oneshot": round(seconds, 1)}}
         tokens = {"file": options.text.name, "tokens": options.tokens, "window": options.length}
         report |= {"calibration": tokens, "peak_cuda_bytes": 0, "peak_rss_bytes": 0}
+        plain = GgufConfig(gguf_file=small.name, dequantize=True)
         model = AutoModelForCausalLM.from_pretrained(
-            work, gguf_file=small.name, dtype=torch.bfloat16
+            work, gguf_file=small.name, dtype=torch.bfloat16, quantization_config=plain
         )
     if "quantization_config" in model.config.to_dict():
         del model.config.quantization_config
