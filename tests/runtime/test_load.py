@@ -268,3 +268,14 @@ def test_an_ordinary_model_is_no_checkpoint(tmp_path: Path) -> None:
     source = tiny_model("llama", tmp_path)
     with pytest.raises(ValueError, match=r"(?s)no checkpoint here.*aptq compress"):
         load(source)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "phi3", "gpt2"])
+def test_what_reference_kernels_hold_can_be_saved(name: str, tmp_path: Path) -> None:
+    folder = pack(tiny_model(name, tmp_path), tmp_path / "out", "mixed").folder
+    model = load(folder, kernel="reference")
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert len(packed_layers(again)) == len(packed_layers(model)) > 0
+    assert torch.allclose(logits(again), logits(model), atol=1e-5)
+    assert again.generation_config.to_dict() == model.generation_config.to_dict()

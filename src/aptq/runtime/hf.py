@@ -92,8 +92,8 @@ class AptqQuantizer(HfQuantizer):  # type: ignore[misc]
             _release_files(model)
 
     def is_serializable(self) -> bool:
-        """Not from memory, where kernels have rearranged the storage: copy the folder instead."""
-        return False
+        """Only where no kernel has rearranged the storage; else copy the folder."""
+        return self.config.kernel == "reference"
 
     @property
     def is_trainable(self) -> bool:
