@@ -99,6 +99,19 @@ def test_llama_cpp_reads_the_bytes(text: str, model: Path, tmp_path: Path) -> No
     assert worst < 0.1
 
 
+def test_vllm_s_profile_is_what_its_export_takes(model: Path, tmp_path: Path) -> None:
+    """Only down projections [64, 256] consist of its tiles; the others stay 16 bit."""
+    pytest.importorskip("compressed_tensors")
+    recipe = Recipe.parse(RECIPE.replace("4.9bpw", "14bpw").replace('"gguf"', '"vllm"'), "here")
+    aptq.compress(model, tmp_path / "run", recipe=recipe)
+    plan = Checkpoint.open(tmp_path / "run").plan
+    small = [name for name, x in plan.targets.items() if not (x.kept or str(x) == "bf16")]
+    assert small
+    assert all(name.endswith("down_proj") for name in small)
+    how = {"to": "compressed-tensors", "options": {"target": "vllm"}}
+    aptq.export_to(tmp_path / "run", tmp_path / "served", **how)
+
+
 def test_one_type_for_all_is_refused_by_width(model: Path, tmp_path: Path) -> None:
     recipe = replace(Recipe.parse(RECIPE, "here"), profile="aptq").adapt(grid="q4_k")
     with pytest.raises(ValueError, match="64 columns are no multiple of 256"):

@@ -64,7 +64,10 @@ def test_an_engine_limits_the_candidates(profile: str, bits: set[int]) -> None:
         grids(recipe(f"profile = '{profile}'\ngrids = ['int3-g16']\n"))
 
 
-def test_fused_layers_share_a_grid_where_the_engine_fuses_them(model: Model) -> None:
+def test_fused_layers_share_a_grid_where_the_engine_fuses_them(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aptq.planning.held_by", lambda *_: True)  # tiles are wider than the model
     shared = []
     for profile in ("vllm", "aptq"):
         head = f"profile = '{profile}'\nbudget = '7bpw'\ngrids = ['int4-g32', 'int8-g32']\n"

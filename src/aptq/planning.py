@@ -3,6 +3,7 @@
 import fnmatch
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 from aptq.core.budget import Budget
@@ -102,6 +103,17 @@ def grids(recipe: Recipe) -> tuple[Grid, ...]:
     return found
 
 
+def held_by(profile: str, target: Target, shape: tuple[int, int]) -> bool:
+    """Does the engine load a weight of this shape (out, in) so?  What its exporter would refuse."""
+    grid = target.grid
+    if grid is None or grid.dense:
+        return True
+    whole = shape[1] % (grid.group or 1) == 0
+    tiles = {"vllm": (64, 128), "gguf": (1, 32)}.get(profile, (1, 1))
+    fit = all(size % tile == 0 for size, tile in zip(shape, tiles, strict=True))
+    return target.fits(shape) and (profile != "vllm" or whole) and fit
+
+
 def candidates(recipe: Recipe) -> tuple[Target, ...]:
     """What a layer may become."""
     return tuple(Target((PartSpec(grid),)) for grid in grids(recipe))
@@ -195,6 +207,7 @@ def planner(model: Model, recipe: Recipe, scores: Scores, size: Size) -> Planner
         minimum={pattern: float(bits) for pattern, bits in recipe.minimums.items()},
         groups=coupled(recipe.profile, groups),
         itemsize=model.dtype.itemsize,
+        holds=partial(held_by, recipe.profile),
     )
     return Planner(
         wishes=wishes,

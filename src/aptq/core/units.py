@@ -3,7 +3,7 @@
 import fnmatch
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from aptq.core.plan import Shapes, Target
@@ -63,6 +63,8 @@ class Wishes:
     itemsize: int = 2  # bytes of a kept weight's element
     # 0: estimates of a layer share their tokens, so their differences are surer than themselves
     significance: float = 0.0  # see core.problem.significant
+    # can a weight of this shape be held so, by storage and by the engine?
+    holds: Callable[[Target, tuple[int, int]], bool] = Target.fits
 
     def kept(self, scores: Scores) -> dict[str, str]:
         """Layers without a choice and why.  Raises ValueError for a bad pattern."""
@@ -101,8 +103,8 @@ class Wishes:
     def _allowed(self, layers: Sequence[str], least: Mapping[str, float]) -> tuple[Target, ...]:
         bits = least.get(layers[0], 0)
         shapes = [self.outer.get(name) or self.shapes[name] for name in layers]
-        found = (t for t in self.candidates if code_bits(t) >= bits and all(map(t.fits, shapes)))
-        return tuple(found) or (Target(),)
+        wide = (t for t in self.candidates if code_bits(t) >= bits)
+        return tuple(t for t in wide if all(self.holds(t, x) for x in shapes)) or (Target(),)
 
     def _unit(self, layers: tuple[str, ...], targets: Sequence[Target], scores: Scores) -> Unit:
         shapes = [self.outer.get(name) or self.shapes[name] for name in layers]
