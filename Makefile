@@ -71,7 +71,7 @@ gpu: $(VENV)/developed ## tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
 bench: $(VENV)/installed ## tables of README.md and docs from benchmarks/results
-	$(BIN)/python benchmarks/tables.py README.md docs/log.md
+	$(BIN)/python benchmarks/tables.py README.md docs/log.md docs/engines.md
 
 docs: $(VENV)/installed ## docs/methods.md from the dataclasses
 	$(BIN)/python -m aptq list --markdown > docs/methods.md

@@ -185,6 +185,7 @@ def greedy(result: dict[str, Any]) -> Table:
 KINDS: dict[str, Callable[[dict[str, Any]], Table]] = {
     "quality": quality,
     "peers": quality,
+    "gguf_types": quality,
     "allocation": allocation,
     "reconstruction": reconstruction,
     "steps": steps,
