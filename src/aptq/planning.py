@@ -12,7 +12,7 @@ from aptq.core.kquants import KQUANTS
 from aptq.core.plan import PartSpec, Plan, Shapes, Target
 from aptq.core.scores import Scores
 from aptq.core.search import Room
-from aptq.core.units import Wishes, coupled
+from aptq.core.units import TILES, Wishes, coupled
 from aptq.engine.data import Data
 from aptq.engine.measure import exact
 from aptq.engine.tape import tape_bytes
@@ -109,7 +109,7 @@ def held_by(profile: str, target: Target, shape: tuple[int, int]) -> bool:
     if grid is None or grid.dense:
         return True
     whole = shape[1] % (grid.group or 1) == 0
-    tiles = {"vllm": (64, 128), "gguf": (1, 32)}.get(profile, (1, 1))
+    tiles = TILES.get(profile, (1, 1))
     fit = all(size % tile == 0 for size, tile in zip(shape, tiles, strict=True))
     return target.fits(shape) and (profile != "vllm" or whole) and fit
 

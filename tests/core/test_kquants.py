@@ -126,4 +126,4 @@ def test_between_takes_the_nearest_level() -> None:
     levels = KQUANTS["iq4_xs"].levels()
     values = torch.cat([torch.linspace(-200, 200, 4001), (levels[1:] + levels[:-1]) / 2])
     nearest = (values[:, None] - levels).abs().argmin(1)
-    assert torch.equal(levels[between(values, levels)], levels[nearest])
+    assert torch.equal(levels[between(values)], levels[nearest])

@@ -156,7 +156,7 @@ def level_of(values: Tensor, zero: Tensor | None, grid: Grid) -> Tensor:
     """
     if (table := grid.table) is not None:
         table = table.to(values)
-        return values.copy_(table[kquants.between(values, table)])
+        return values.copy_(table[kquants.between(values)])
     if zero is None:
         half = grid.levels // 2
         return values.round_().clamp_(-half, half - 1)

@@ -47,7 +47,7 @@ class StackRule:
         if self.shift is not None:
             level.sub_(self.shift[column])
         for rows, table in self.tables:
-            level[rows] = table[between(values[rows] / scale[rows], table)]
+            level[rows] = table[between(values[rows] / scale[rows])]
         return level.mul_(scale)
 
 

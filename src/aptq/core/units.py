@@ -13,6 +13,8 @@ from aptq.registry import closest
 
 # What vLLM loads as one matrix, by role in the group of linears that read one input.
 FUSED = (("q", "k", "v"), ("gate", "up"))
+# What an engine's kernels need (out, in) to be multiples of
+TILES = {"vllm": (64, 128), "gguf": (1, 32)}
 EXPERT = re.compile(r"(?P<all>.*\.\w*experts)\.\d+\.")  # they are stacked in one tensor
 
 

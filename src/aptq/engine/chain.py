@@ -85,7 +85,7 @@ class Chain:
         return self.captured(windows)
 
     def _roomy(self, windows: Tensor) -> bool:
-        """Does autograd's graph of all blocks fit?  Only GPUs are faster with it (docs/log.md)."""
+        """Does autograd's graph of all blocks fit?  A CPU gains nothing by it (docs/log.md)."""
         on_gpu = self.device.type == "cuda"
         return on_gpu and self._graph(windows) <= GRAPH * free_bytes(self.device)
 

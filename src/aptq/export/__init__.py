@@ -87,12 +87,6 @@ class Stored:
         """The weights [out, in] of layers, rows one below the other, in the model's dtype."""
         return torch.cat([self.checkpoint.dense(name, self.model.dtype) for name in layers])
 
-    def others(self) -> dict[str, str]:
-        """Tensors of no layer of the plan: the name in transformers -> the name here."""
-        planned = {f"{name}." for name in self.checkpoint.plan.targets}
-        names = [n for n in self.checkpoint.specs if n[: n.rindex(".") + 1] not in planned]
-        return {name: name for name in names if ".parts." not in name}
-
 
 def linears(model: Model) -> dict[str, tuple[str, ...]]:
     """Linears as transformers has them -> the layers of a plan whose rows they hold in this order.

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from aptq.core.grid import Grid
 from aptq.core.parts import Quantized
 from aptq.core.plan import Plan
-from aptq.core.units import coupled
+from aptq.core.units import TILES, coupled
 from aptq.core.words import pack_words
 from aptq.export import (
     Exporter,
@@ -38,7 +38,7 @@ from aptq.model.model import Model
 from aptq.store.folder import contents, write_folder
 
 # Of vLLM's Marlin kernels: 0 is one scale a row, a tile [out, in].  Source: its marlin_utils.py.
-BITS, GROUPS, TILE = (4, 8), (0, 32, 64, 128), (64, 128)
+BITS, GROUPS, TILE = (4, 8), (0, 32, 64, 128), TILES["vllm"]
 
 
 @exporters.register("compressed_tensors")
