@@ -63,9 +63,8 @@ def test_recorded_gradients(name: str, stage: str, pieces: int, tmp_path: Path) 
                 parameter.mul_(1.0 + 0.001 * (step + 1))
 
 
-@pytest.mark.parametrize("single", [True, False])
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
-def test_recorded_gradients_of_the_whole_model(name: str, single: bool, tmp_path: Path) -> None:
+def test_recorded_gradients_of_the_whole_model(name: str, tmp_path: Path) -> None:
     folder = tiny_model(name, tmp_path / "m", torch.float32)
     held = finished(folder, tmp_path, ["rtn"], device=CUDA)
     stage = methods.get("e2e_qp")(zeros=1e-3, weights=1e-3)
@@ -73,7 +72,6 @@ def test_recorded_gradients_of_the_whole_model(name: str, single: bool, tmp_path
     knobs = [stage.open(held.open(index, stream)) for index in range(held.model.blocks)]
     stream.learn(held.model, [2])
     chain = Chain(held, knobs, stream, wanted)
-    chain.single = single
     parameters = [p for own in knobs for p in own.parameters()]
     for step, picked in enumerate(([0, 3], [2, 1], [1, 3])):
         ids = torch.tensor(picked)

@@ -1,9 +1,8 @@
 """Chain: a whole compressed model under training; exact gradients, in the memory there is.
 
-Where autograd's graph of all blocks fits on a GPU it is used.  Else the forward keeps every
-block's input; the backward visits the blocks from the last to the first, runs each again with
-gradients and hands on the gradient of its input.  Where the blocks themselves do not fit on the
-device together each is brought there for its turn, and parameters stay on the host.
+The forward keeps every block's input; the backward visits the blocks from the last to the first,
+runs each again with gradients and hands on the gradient of its input.  Where the blocks do not
+fit on the device together each is brought there for its turn, and parameters stay on the host.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ from aptq.engine.tail import logits, pieces
 
 ROOM = 1 << 31  # bytes of logits and what they need at a time on a GPU; small ones are slow there
 SPARE = 0.5  # of the free memory is for the blocks; the rest for states, logits, one block's graph
-GRAPH = 0.3  # of what is free then may be the graph of all blocks: recording holds it twice
 
 
 class Chain:
@@ -38,7 +36,6 @@ class Chain:
         self.model, self.device = compressed.model, compressed.device
         self.wanted, self.ids = wanted, compressed.ids.to(self.device)
         self.captured: CapturedHalves | None = None
-        self.single: bool | None = None  # one graph of all blocks; None: not asked yet
         held = sum(_bytes(own) for own in knobs)
         # gradients, two moments and a copy of the best come on top of what is there
         trained = sum(p.nbytes for own in knobs for p in own.parameters())
@@ -71,8 +68,6 @@ class Chain:
 
         They had none.  On a GPU where all steps are alike the blocks' part is recorded.
         """
-        if self.single is None:
-            self.single = not self.parked and self._roomy(windows)
         if self.parked or not steady(self.knobs, [self.stream.hidden, self.wanted.hidden]):
             states = self._forward(windows)
             loss, grad = self._tail(states[-1], windows)
@@ -84,29 +79,10 @@ class Chain:
             self.captured = CapturedHalves(*work, found, windows, self.device)
         return self.captured(windows)
 
-    def _roomy(self, windows: Tensor) -> bool:
-        """Does autograd's graph of all blocks fit?  A CPU gains nothing by it (docs/log.md)."""
-        on_gpu = self.device.type == "cuda"
-        return on_gpu and self._graph(windows) <= GRAPH * free_bytes(self.device)
-
-    def _graph(self, windows: Tensor) -> int:
-        """Bytes that autograd's graph of all blocks holds for a batch, by the largest of them."""
-        held: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            held[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            kept = self._run(max(self.knobs, key=_bytes), self._inputs(windows))
-        del kept  # the graph lived until here, so that no storage was counted for two
-        return len(self.knobs) * sum(held.values())
-
     def _forward(self, windows: Tensor) -> list[Tensor]:
-        """What enters each block, and what leaves the last: with its graph where there is one."""
+        """What enters each block, and what leaves the last."""
         states = [self._inputs(windows)]
-        with torch.set_grad_enabled(bool(self.single)):
+        with torch.no_grad():
             for own in self.knobs:
                 with self._here(own):
                     states.append(self._run(own, states[-1]))
@@ -114,9 +90,6 @@ class Chain:
 
     def _backward(self, states: Sequence[Tensor], grad: Tensor) -> None:
         """From the gradient of what leaves the last block to those of the parameters."""
-        if self.single:
-            torch.autograd.backward([states[-1]], [grad])
-            return
         for own, entered in reversed(list(zip(self.knobs, states[:-1], strict=True))):
             x = entered.detach().requires_grad_()
             with self._here(own), torch.enable_grad():
