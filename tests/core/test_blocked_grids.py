@@ -47,7 +47,7 @@ def test_text_and_size(grid: Grid) -> None:
     part = nearest_part(weights(), grid)
     assert part.nbytes == grid.nbytes((24, 512))
     found = {name: (t.dtype, tuple(t.shape)) for name, t in part.tensors().items()}
-    assert found == part_specs(grid, (24, 512))
+    assert found == part_specs(PartSpec(grid), (24, 512))
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)

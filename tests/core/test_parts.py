@@ -6,6 +6,7 @@ from torch import Tensor
 
 from aptq.core.grid import Grid
 from aptq.core.parts import PARTS, Dense, Part, Quantized, part_of, part_specs
+from aptq.core.plan import PartSpec
 from aptq.core.rounding import encode, fit, snap
 
 TEXTS = ["int2-g7-z", "int3-row-z", "int3-g5", "int4-g8-z", "int5-g6-z-bf16", "int8-g5-fz", "bf16"]
@@ -30,7 +31,7 @@ def test_holds_the_values_in_exactly_the_bytes_of_the_grid(text: str) -> None:
     assert part.nbytes == grid.nbytes(SHAPE)
     assert part.nbytes == sum(tensor.nbytes for tensor in part.tensors().values())
     specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in part.tensors().items()}
-    assert specs == part_specs(grid, SHAPE)
+    assert specs == part_specs(PartSpec(grid), SHAPE)
     assert all(tensor.is_contiguous() for tensor in part.tensors().values())
 
 

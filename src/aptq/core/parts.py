@@ -1,222 +1,68 @@
-"""Parts: a compressed weight is a sum of these.  They know their tensors, never a method."""
+"""Parts: a compressed weight is a sum of these."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, NoReturn, Protocol, Self
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from aptq.core.bits import pack, packed_size, unpack
-from aptq.core.grid import Grid
-from aptq.core.kbytes import step_bytes, steps_packed, steps_unpacked
-from aptq.core.kquants import SUPER, recovered
-from aptq.core.rounding import Scales, decode, encode, fit, snap
+from aptq.core.lowrank import LowRank, factor_specs
+from aptq.core.part import Part, Spec
+from aptq.core.quantized import Dense, Quantized, grid_specs, nearest_part, part_of
+from aptq.core.sparse import Sparse, outlier_specs
+from aptq.core.target import PartSpec
 
-Spec = tuple[torch.dtype, tuple[int, ...]]
+__all__ = [
+    "PARTS",
+    "Dense",
+    "LowRank",
+    "Part",
+    "Quantized",
+    "Sparse",
+    "Spec",
+    "empty_part",
+    "load_part",
+    "nearest_part",
+    "part_of",
+    "part_specs",
+]
 
-
-class Part(Protocol):
-    """One summand of a weight [out, in]."""
-
-    @property
-    def shape(self) -> tuple[int, int]: ...
-    @property
-    def nbytes(self) -> int: ...
-    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor: ...
-    def rows(self, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Tensor: ...
-    def tensors(self) -> dict[str, Tensor]: ...
-    def meta(self) -> dict[str, str]: ...
-    @classmethod
-    def load(
-        cls, tensors: Mapping[str, Tensor], meta: Mapping[str, object], shape: tuple[int, int]
-    ) -> Self: ...
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Quantized:
-    """Integer codes on a Grid, in their stored (packed) form.
-
-    codes uint8 [out, ceil(in * bits / 8)]; scale [out, groups] in grid.scale_dtype;
-    zero None | uint8, the zeros of the whole matrix packed flat | scale_dtype [out, groups].
-    Of super-blocks scale is uint8 [out, n * step_bytes], their steps (kbytes), and zero None.
-    """
-
-    kind: ClassVar[str] = "quantized"
-    codes: Tensor
-    scale: Tensor
-    zero: Tensor | None
-    grid: Grid
-    shape: tuple[int, int]
-
-    @classmethod
-    def make(cls, codes: Tensor, scales: Scales, grid: Grid) -> "Quantized":
-        """Pack codes uint8 [out, in] (one per byte) and their scales."""
-        zero = scales.zero
-        if grid.kind is not None:
-            low = torch.zeros_like(scales.scale) if zero is None else zero * scales.scale
-            steps = recovered(scales.scale, low, grid.kind)
-            stored = steps_packed(steps, grid.kind)
-            return cls(pack(codes, grid.bits), stored, None, grid, (len(codes), codes.shape[1]))
-        if zero is not None:
-            zero = pack(zero.flatten(), grid.bits) if grid.zero == "int" else zero.contiguous()
-        rows, columns = codes.shape
-        scale = scales.scale.contiguous()
-        return cls(pack(codes, grid.bits), scale, zero, grid, (rows, columns))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all stored tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors().values())
-
-    def rows(self, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Rows start..stop-1 of dense(), [stop - start, in], without decoding the others."""
-        codes = unpack(self.codes[start:stop], self.grid.bits, self.shape[1])
-        return decode(codes, self.scales(start, stop), self.grid, dtype=dtype)
-
-    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The values [out, in], computed in float32 and returned in dtype."""
-        return self.rows(0, self.shape[0], dtype)
-
-    def unpacked(self) -> Tensor:
-        """Codes uint8 [out, in], one per byte."""
-        return unpack(self.codes, self.grid.bits, self.shape[1])
-
-    def scales(self, start: int = 0, stop: int | None = None) -> Scales:
-        """Scales of rows start..stop-1 (to the end if None), zeros unpacked."""
-        stop = self.shape[0] if stop is None else stop
-        scale, zero = self.scale[start:stop], self.zero
-        if self.grid.kind is not None:
-            scale, low = steps_unpacked(scale, self.grid.kind).effective(self.grid.kind)
-            return Scales(scale, low / scale if self.grid.kind.minimum else None)
-        if zero is not None and self.grid.zero == "int":
-            groups, bits = self.scale.shape[1], self.grid.bits
-            skip = start * groups % 8  # eight codes start at a byte, whatever their bits
-            first, last = start * groups - skip, stop * groups
-            packed = zero[first * bits // 8 : packed_size(last, bits)]
-            zero = unpack(packed, bits, last - first)[skip:].view(stop - start, groups)
-        elif zero is not None:
-            zero = zero[start:stop]
-        return Scales(scale, zero)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What is stored: "codes", "scale" and, if the grid has one, "zero"."""
-        stored = {"codes": self.codes, "scale": self.scale}
-        return stored if self.zero is None else {**stored, "zero": self.zero}
-
-    def meta(self) -> dict[str, str]:
-        """What is needed besides the tensors to load the part."""
-        return {"type": self.kind, "grid": str(self.grid)}
-
-    @classmethod
-    def load(
-        cls, tensors: Mapping[str, Tensor], meta: Mapping[str, object], shape: tuple[int, int]
-    ) -> Self:
-        """The inverse of tensors() and meta().  Raises ValueError on anything unexpected."""
-        _check_meta(meta, {"type": cls.kind}, ("grid",))
-        grid = Grid.parse(str(meta["grid"]))
-        if grid.dense:
-            _broken(f"grid {grid}", "integer grid")
-        _check_tensors(tensors, part_specs(grid, shape))
-        return cls(tensors["codes"], tensors["scale"], tensors.get("zero"), grid, shape)
+PARTS: dict[str, type[Part]] = {
+    "quantized": Quantized,
+    "dense": Dense,
+    "lowrank": LowRank,
+    "sparse": Sparse,
+}
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Dense:
-    """A weight [out, in] stored as it is, in a floating dtype."""
-
-    kind: ClassVar[str] = "dense"
-    weight: Tensor
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        return self.weight.shape[0], self.weight.shape[1]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the stored weight."""
-        return self.weight.nbytes
-
-    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight [out, in] in dtype."""
-        return self.weight.to(dtype)
-
-    def rows(self, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Rows start..stop-1 of dense()."""
-        return self.weight[start:stop].to(dtype)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What is stored: "weight"."""
-        return {"weight": self.weight}
-
-    def meta(self) -> dict[str, str]:
-        """What is needed besides the tensors to load the part."""
-        return {"type": self.kind}
-
-    @classmethod
-    def load(
-        cls, tensors: Mapping[str, Tensor], meta: Mapping[str, object], shape: tuple[int, int]
-    ) -> Self:
-        """The inverse of tensors() and meta().  Raises ValueError on anything unexpected."""
-        _check_meta(meta, {"type": cls.kind}, ())
-        weight = tensors.get("weight")
-        dtype = weight.dtype if weight is not None and weight.is_floating_point() else torch.float32
-        _check_tensors(tensors, {"weight": (dtype, shape)})
-        return cls(tensors["weight"])
+def part_specs(spec: PartSpec, shape: tuple[int, int]) -> dict[str, Spec]:
+    """dtype and shape of each tensor that a part stores for a weight [out, in]."""
+    if spec.kind == "lowrank":
+        return factor_specs(spec, shape)
+    if spec.kind == "sparse":
+        return outlier_specs(spec, shape)
+    assert spec.grid is not None, spec
+    return grid_specs(spec.grid, shape)
 
 
-PARTS: dict[str, type[Part]] = {"quantized": Quantized, "dense": Dense}
+def load_part(spec: PartSpec, shape: tuple[int, int], read: Callable[[str], Tensor]) -> Part:
+    """The part of a weight [out, in] whose tensors `read` gives by name.  Raises ValueError."""
+    meta: dict[str, str] = {"type": spec.kind}
+    if spec.kind == "lowrank":
+        meta |= {"rank": str(spec.rank), "grid": str(spec.grid or "bf16")}
+    elif spec.kind == "sparse":
+        meta["outliers"] = str(spec.outliers)
+    elif spec.kind == "quantized":
+        meta["grid"] = str(spec.grid)
+    tensors = {name: read(name) for name in part_specs(spec, shape)}
+    return PARTS[spec.kind].load(tensors, meta, shape)
 
 
-def part_specs(grid: Grid, shape: tuple[int, int]) -> dict[str, Spec]:
-    """dtype and shape of each tensor that a part on this grid stores for a weight [out, in]."""
-    rows, columns = shape
-    if grid.dense:
-        return {"weight": (torch.bfloat16, shape)}
-    if grid.kind is not None:
-        size = columns // SUPER * step_bytes(grid.kind)
-        codes = (rows, packed_size(columns, grid.bits))
-        return {"codes": (torch.uint8, codes), "scale": (torch.uint8, (rows, size))}
-    groups = grid.groups(columns)
-    specs: dict[str, Spec] = {
-        "codes": (torch.uint8, (rows, packed_size(columns, grid.bits))),
-        "scale": (grid.scale_dtype, (rows, groups)),
-    }
-    if grid.zero == "int":
-        specs["zero"] = (torch.uint8, (packed_size(rows * groups, grid.bits),))
-    elif grid.zero == "float":
-        specs["zero"] = (grid.scale_dtype, (rows, groups))
-    return specs
+def empty_part(spec: PartSpec, shape: tuple[int, int]) -> Part:
+    """The part of a weight [out, in] without values, on meta."""
+    specs = part_specs(spec, shape)
 
+    def read(name: str) -> Tensor:
+        dtype, size = specs[name]
+        return torch.empty(size, dtype=dtype, device="meta")
 
-def part_of(rounded: Tensor, scales: Scales, grid: Grid) -> Part:
-    """The part that stores rounded [out, in], whose values lie on the grid with these scales."""
-    if grid.dense:
-        return Dense(rounded.to(torch.bfloat16))
-    return Quantized.make(encode(rounded, scales, grid), scales, grid)
-
-
-def nearest_part(weight: Tensor, grid: Grid, *, shrink: Sequence[float] = (1.0,)) -> Part:
-    """The part of weight [out, in] rounded to nearest; ranges as `fit` takes them."""
-    scales = fit(weight, grid, shrink=shrink)
-    return part_of(snap(weight, scales, grid), scales, grid)
-
-
-def _check_meta(meta: Mapping[str, object], fixed: dict[str, str], free: tuple[str, ...]) -> None:
-    expected = {**fixed, **{key: meta.get(key) for key in free}}
-    if dict(meta) != expected or any(not isinstance(meta.get(key), str) for key in free):
-        _broken(f"description {dict(meta)}", f"keys {sorted(expected)} with values {fixed}")
-
-
-def _check_tensors(tensors: Mapping[str, Tensor], specs: Mapping[str, Spec]) -> None:
-    if tensors.keys() != specs.keys():
-        _broken(f"tensors {sorted(tensors)}", f"{sorted(specs)}")
-    for name, (dtype, shape) in specs.items():
-        found = tensors[name]
-        if found.dtype != dtype or tuple(found.shape) != tuple(shape):
-            _broken(f"{name} {found.dtype} {list(found.shape)}", f"{name} {dtype} {list(shape)}")
-
-
-def _broken(found: str, expected: str) -> NoReturn:
-    raise ValueError(f"found {found}, expected {expected}")
+    return load_part(spec, shape, read)

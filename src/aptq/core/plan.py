@@ -11,55 +11,13 @@ from pathlib import Path
 from typing import NoReturn
 
 from aptq.core.grid import Grid
+from aptq.core.target import PartSpec, Target
+
+__all__ = ["PartSpec", "Plan", "Shapes", "Target"]
 
 Shapes = dict[str, tuple[int, int]]  # full layer name -> (out, in)
 
 VERSION = 1
-KEEP = "keep"  # text form of a target without parts
-
-
-@dataclass(frozen=True, slots=True)
-class PartSpec:
-    """What one part of a compressed weight will be."""
-
-    grid: Grid
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """What one linear shall become: the sum of these parts, or itself if there are none."""
-
-    parts: tuple[PartSpec, ...] = ()
-
-    @property
-    def kept(self) -> bool:
-        """True if the linear stays as it is."""
-        return not self.parts
-
-    @property
-    def grid(self) -> Grid | None:
-        """The grid if there is exactly one part."""
-        return self.parts[0].grid if len(self.parts) == 1 else None
-
-    def nbytes(self, shape: tuple[int, int], itemsize: int = 2) -> int:
-        """Bytes stored for a weight of shape (out, in); itemsize is that of a kept weight."""
-        if self.kept:
-            return itemsize * shape[0] * shape[1]
-        return sum(part.grid.nbytes(shape) for part in self.parts)
-
-    def fits(self, shape: tuple[int, int]) -> bool:
-        """Can a weight of shape (out, in) be stored so?"""
-        return all(part.grid.fits(shape[1]) for part in self.parts)
-
-    def __str__(self) -> str:
-        return "+".join(str(part.grid) for part in self.parts) or KEEP
-
-    @classmethod
-    def parse(cls, text: str) -> "Target":
-        """The inverse of str(target).  Raises ValueError."""
-        if text == KEEP:
-            return cls()
-        return cls(tuple(PartSpec(Grid.parse(grid)) for grid in text.split("+")))
 
 
 @dataclass(frozen=True)
@@ -110,11 +68,14 @@ class Plan:
         wide = {**(outer or {}), **shapes}
         odd = [name for name, target in self.targets.items() if not target.fits(wide[name])]
         if odd:
-            columns = wide[odd[0]][1]
+            target, shape = self.targets[odd[0]], wide[odd[0]]
+            why = f"{shape[1]} columns are no multiple of 256"
+            instead = "choose other grids for them: a budget with profile gguf mixes them by width"
+            if target.rank > min(shape):
+                why, instead = f"it is {shape[0]} x {shape[1]}", "give it a smaller rank"
             raise ValueError(
-                f"{self.targets[odd[0]]} cannot hold some layers\n{len(odd)} of "
-                f"{len(self.targets)}, first {odd[0]}: {columns} columns are no multiple of 256\n"
-                "choose other grids for them: a budget with profile gguf mixes them by width"
+                f"{target} cannot hold some layers\n{len(odd)} of {len(self.targets)}, "
+                f"first {odd[0]}: {why}\n{instead}"
             )
 
     def nbytes(

@@ -177,7 +177,7 @@ def significant(options: Sequence[Option], factor: float) -> tuple[Option, ...]:
 
 def code_bits(target: Target) -> int:
     """Bits of the codes of one weight, scales not counted; 16 for a kept layer."""
-    return 16 if target.kept else sum(part.grid.bits for part in target.parts)
+    return target.bits
 
 
 def _binding(

@@ -47,4 +47,4 @@ class Rule(Measure):
 
 def step(target: Target) -> float:
     """Squared step of a target's grids over the range, 4^-bits; 0 at 16 bits."""
-    return 0.0 if exact(target) else 4.0 ** -sum(part.grid.bits for part in target.parts)
+    return 0.0 if exact(target) else 4.0**-target.bits

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from aptq.core.parts import PARTS, Part, part_specs
+from aptq.core.parts import Part, empty_part
 from aptq.core.plan import Target
 from aptq.kernels.dispatch import Choice, prepare
 from aptq.kernels.reference import Reference
@@ -71,13 +71,4 @@ class PackedLinear(Packed):
 
 def empty_parts(target: Target, shape: tuple[int, int]) -> list[Part]:
     """The parts of a planned weight [out, in] without values, on meta."""
-    parts: list[Part] = []
-    for spec in target.parts:
-        tensors = {
-            name: torch.empty(size, dtype=dtype, device="meta")
-            for name, (dtype, size) in part_specs(spec.grid, shape).items()
-        }
-        kind = "dense" if spec.grid.dense else "quantized"
-        meta = {"type": kind} if spec.grid.dense else {"type": kind, "grid": str(spec.grid)}
-        parts.append(PARTS[kind].load(tensors, meta, shape))
-    return parts
+    return [empty_part(spec, shape) for spec in target.parts]

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from aptq.core.parts import PARTS, Dense, Part, Spec
+from aptq.core.parts import Dense, Part, Spec, load_part
 from aptq.core.plan import Plan, Target
 from aptq.model.model import Model
 from aptq.store.headers import hash_file, misfit, publish, read_specs, spec_of, tensor_chunks
@@ -148,14 +148,13 @@ def layer_parts(
     name: str, target: Target, shape: tuple[int, int], read: Callable[[str], Tensor]
 ) -> list[Part]:
     """The parts of a layer from its stored tensors, which `read` gives by full name."""
-    parts: list[Part] = []
+    parts = []
     for number, spec in enumerate(target.parts):
-        kind = "dense" if spec.grid.dense else "quantized"
-        meta = {"type": kind} if spec.grid.dense else {"type": kind, "grid": str(spec.grid)}
-        prefix = f"{name}.parts.{number}."
-        names = [entry for entry in layer_specs(name, target, shape) if entry.startswith(prefix)]
-        tensors = {entry.removeprefix(prefix): read(entry) for entry in names}
-        parts.append(PARTS[kind].load(tensors, meta, shape))
+
+        def stored(entry: str, prefix: str = f"{name}.parts.{number}.") -> Tensor:
+            return read(prefix + entry)
+
+        parts.append(load_part(spec, shape, stored))
     return parts
 
 

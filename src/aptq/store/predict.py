@@ -142,7 +142,7 @@ def layer_specs(layer: str, target: Target, shape: tuple[int, int]) -> dict[str,
     return {
         f"{layer}.parts.{number}.{name}": spec
         for number, part in enumerate(target.parts)
-        for name, spec in part_specs(part.grid, shape).items()
+        for name, spec in part_specs(part, shape).items()
     }
 
 
