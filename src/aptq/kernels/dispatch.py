@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from aptq.core.parts import Part
+from aptq.kernels.addends import Factors, Gathered
 from aptq.kernels.cpu import Int4, Int8
 from aptq.kernels.reference import Kernel, Reference, Tiled
 
 Choice = Literal["auto", "reference"]
-KERNELS: tuple[type[Kernel], ...] = (Int4, Int8, Tiled, Reference)
+KERNELS: tuple[type[Kernel], ...] = (Int4, Int8, Factors, Gathered, Tiled, Reference)
 
 
 def prepare(part: Part, dtype: torch.dtype, choice: Choice = "auto") -> Kernel:
@@ -29,4 +30,4 @@ def matmul(x: Tensor, part: Part, choice: Choice = "auto") -> Tensor:
     """x [..., in] @ part.dense().T -> [..., out]; prepares the part anew, so for single calls."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     y: Tensor = prepare(part, x.dtype, choice)(rows)
-    return y.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], part.shape[0])
