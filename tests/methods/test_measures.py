@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from aptq.core.plan import Target
 from aptq.core.scores import Scores
+from aptq.engine.candidate import errors
 from aptq.engine.judge import fit_factor, judge, validity
 from aptq.engine.layer import Layer
-from aptq.engine.measure import Measure, Subject, errors
+from aptq.engine.measure import Measure, Subject
 from aptq.engine.stage import Stage, methods
 from aptq.engine.stat import Stat
 from aptq.engine.tail import sample

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 from aptq.core.plan import Plan, Target
 from aptq.core.scores import Scores
 from aptq.engine import outer as slicing
+from aptq.engine.candidate import errors
 from aptq.engine.layer import Layer
-from aptq.engine.measure import Measure, Subject, errors
+from aptq.engine.measure import Measure, Subject
 from aptq.engine.outer import Outer
 from aptq.engine.stage import Stage, methods
 from aptq.engine.stream import Where

@@ -23,6 +23,7 @@ from aptq.core.plan import Plan, Target
 from aptq.core.profile import Profiles
 from aptq.core.scores import Scores, Table
 from aptq.engine.block import Block, Order
+from aptq.engine.candidate import errors, exact
 from aptq.engine.finished import Finished
 from aptq.engine.layer import Layer
 from aptq.engine.stage import Stage, methods
@@ -133,49 +134,6 @@ class Subject:
         name, groups = self.model.block_name(index), self.model.groups(index)
         plan = self.plan(open_for_stages)
         return Block(index, name, module, groups, plan, stream, "block", self.profiles)
-
-
-def exact(target: Target) -> bool:
-    """True where no stage has work: kept, or stored in 16 bits."""
-    return target.kept or (target.grid is not None and target.grid.dense)
-
-
-def errors(
-    layer: Layer,
-    targets: Sequence[Target],
-    stages: Sequence[Stage],
-    finished: Finished | None = None,
-) -> Iterator[Tensor]:
-    """dW = Q - W float32 [out, in] for each target, made by the stages from `layer.stats`.
-
-    Exactly 0 where a 16-bit target stores the weight as it is.  What the stages count is added to
-    `layer.counts`.  Where all is `finished` the stages are not asked.
-    """
-    shape = (layer.weight.shape[0], layer.weight.shape[1])
-    lossy = [target for target in targets if not exact(target) and target.fits(shape)]
-    stages = [stage for number, stage in enumerate(stages) if not number or stage.changes]
-    if finished is not None:
-        made: Iterator[Tensor] = (finished.dense(layer, target) for target in lossy)
-    elif len(stages) == 1:
-        made = stages[0].attempt(layer, lossy)
-    else:
-        made = _made(layer, lossy, stages)
-    for target in targets:
-        if target.kept or not target.fits(shape):  # what cannot be stored is never chosen
-            yield torch.zeros_like(layer.weight)
-        elif exact(target):
-            yield layer.weight.to(torch.bfloat16).float() - layer.weight
-        else:
-            yield next(made) - layer.weight
-
-
-def _made(layer: Layer, targets: Sequence[Target], stages: Sequence[Stage]) -> Iterator[Tensor]:
-    """What all stages together make of the layer at each target, [out, in]."""
-    for target in targets:
-        scratch = replace(layer, target=target, parts=[])
-        for stage in stages:
-            scratch = stage.on_layer(scratch)
-        yield scratch.dense()
 
 
 def row_damage(change: Tensor, hessian: Tensor) -> Tensor:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from aptq.core.plan import Target
+from aptq.engine.candidate import errors
 from aptq.engine.heap import trim_heap
 from aptq.engine.layer import Layer
-from aptq.engine.measure import Findings, Subject, errors, row_damage
+from aptq.engine.measure import Findings, Subject, row_damage
 from aptq.engine.outer import show, start, weight_slices
 from aptq.engine.stream import batch_windows
 from aptq.engine.tail import replaced

@@ -6,7 +6,8 @@ from typing import ClassVar, Literal
 
 from aptq.core.plan import Target
 from aptq.core.scores import Scores
-from aptq.engine.measure import Measure, Subject, exact
+from aptq.engine.candidate import exact
+from aptq.engine.measure import Measure, Subject
 from aptq.engine.stage import methods
 
 

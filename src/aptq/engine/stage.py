@@ -63,6 +63,11 @@ class Stage:
         return False
 
     @property
+    def adds(self) -> bool:
+        """Does the stage only add parts, by what those before leave of the weight: `extend`?"""
+        return False
+
+    @property
     def targets(self) -> int:
         """Copies of the hidden states of all windows that the stage makes for itself."""
         return 0
@@ -115,6 +120,13 @@ class Stage:
         """
         for target in targets:
             yield self.on_layer(replace(layer, target=target, parts=[])).dense()
+
+    def extend(self, layer: Layer, base: Tensor, targets: Sequence[Target]) -> Iterator[Tensor]:
+        """The dense weights of some targets where earlier stages made `base` [out, in] of all.
+
+        For stages that only add.
+        """
+        raise NotImplementedError
 
 
 methods: Registry[Stage] = Registry("aptq.methods")

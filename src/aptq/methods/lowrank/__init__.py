@@ -1,0 +1,1 @@
+"""Methods that add a product of two factors to a compressed weight."""
