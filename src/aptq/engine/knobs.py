@@ -6,8 +6,8 @@ A stage builds them; `tune` trains them; `settle` puts the result into layers an
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ class Knob(nn.Module, ABC):
     Its state_dict decides the result: what changes beside parameters belongs into buffers.
     """
 
-    steady: ClassVar[bool] = False  # weight() does the same at every step, whatever Python holds
+    steady: bool = False  # weight() does the same at every step, whatever Python holds
 
     @abstractmethod
     def weight(self) -> Tensor:
@@ -33,6 +33,10 @@ class Knob(nn.Module, ABC):
     @abstractmethod
     def part(self) -> Part:
         """What is stored: the weight as it will be, made hard."""
+
+    def parts(self) -> list[Part]:
+        """All parts of the layer."""
+        return [self.part()]
 
     @abstractmethod
     def groups(self) -> list[dict[str, Any]]:
@@ -88,7 +92,7 @@ class Knobs(nn.Module):
         """The same in float32."""
         skip = len(self.block.name) + 1
         found = {
-            f"{name[skip:]}.weight": knob.weight() if self.training else knob.part().dense()
+            f"{name[skip:]}.weight": knob.weight() if self.training else _dense(knob.parts())
             for name, knob in zip(self.names, self._knobs(), strict=True)
         }
         return {**found, **self.norm_values()}
@@ -118,7 +122,7 @@ class Knobs(nn.Module):
     def settle(self) -> None:
         """Parts into the layers, values into the module; new tensors, for the old may be shared."""
         for name, knob in zip(self.names, self._knobs(), strict=True):
-            self.block.layers[name].parts = [knob.part()]
+            self.block.layers[name].parts = knob.parts()
         for group in self.block.groups:
             self.block.commit(group)
         for name, value in self.norm_values().items():
@@ -127,6 +131,12 @@ class Knobs(nn.Module):
 
     def _knobs(self) -> list[Knob]:
         return list(self.knobs)  # type: ignore[arg-type]
+
+
+def _dense(parts: Sequence[Part]) -> Tensor:
+    """The sum of the parts [out, in] float32."""
+    first, *others = (part.dense() for part in parts)
+    return sum(others, start=first)
 
 
 def vectors(module: nn.Module, *, biases: bool = False) -> dict[str, nn.Parameter]:

@@ -15,6 +15,7 @@ from aptq.engine.block import Block
 from aptq.engine.knobs import Knob, Knobs, tunable_layers
 from aptq.engine.layer import Layer
 from aptq.engine.stage import Stage
+from aptq.engine.summed import summed
 from aptq.engine.tune import Pace, Tuned, batches, tune
 from aptq.engine.window import Target, Window, batch_of, held_out
 
@@ -99,8 +100,12 @@ class Reconstruct(Stage):
 
     def open(self, block: Block, generator: torch.Generator) -> Knobs:
         """What may change in a block."""
-        layers = tunable_layers(block)
-        return Knobs(block, {n: self.knob(x, generator) for n, x in layers.items()}, self.norms)
+        found = {}
+        for name, layer in tunable_layers(block).items():
+            knob = summed(layer, lambda own: self.knob(own, generator))
+            assert knob is not None, name
+            found[name] = knob
+        return Knobs(block, found, self.norms)
 
     @abstractmethod
     def pace(self) -> Pace:

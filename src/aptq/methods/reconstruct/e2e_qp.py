@@ -12,7 +12,9 @@ from aptq.engine.affine import AffineKnob
 from aptq.engine.block import Block
 from aptq.engine.endtoend import EndToEnd
 from aptq.engine.knobs import Knobs, part_in, tunable_layers
+from aptq.engine.layer import Layer
 from aptq.engine.stage import methods
+from aptq.engine.summed import summed
 
 
 @methods.register("e2e_qp")
@@ -24,6 +26,9 @@ class EndToEndScales(EndToEnd):
     norms: float = 1e-4  # rate of the norms' weights
     weights: float = 0.0  # rate of the weights in steps of their grid; 0 = codes stay, the paper's
     zeros: float = 0.0  # rate of the zeros in steps; 0 = they stay, the paper's
+    factors: float = (
+        1e-2  # rate of factors beside the codes, as a share of their size; that of lrec
+    )
 
     @property
     def tuning(self) -> float:
@@ -34,8 +39,14 @@ class EndToEndScales(EndToEnd):
         """All quantized layers of the block."""
         found = {}
         for name, layer in tunable_layers(block).items():
-            part = part_in(layer)
-            assert part is not None, name
-            rates = (self.weights, self.scales, self.zeros)
-            found[name] = AffineKnob(part, layer.weight, *rates, follow=False)
+            knob = summed(layer, self.knob, self.factors)
+            assert knob is not None, name
+            found[name] = knob
         return Knobs(block, found, self.norms)
+
+    def knob(self, layer: Layer) -> AffineKnob:
+        """The codes of one layer."""
+        part = part_in(layer)
+        assert part is not None, layer.name
+        rates = (self.weights, self.scales, self.zeros)
+        return AffineKnob(part, layer.weight, *rates, follow=False)

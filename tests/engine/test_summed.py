@@ -1,0 +1,113 @@
+"""Sums of parts under training: the right weights, gradients and parts; other parts stay."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from aptq.core.parts import LowRank, Part
+from aptq.core.plan import Plan, Target
+from aptq.engine.compressed import Compressed
+from aptq.engine.layer import Layer
+from aptq.engine.stage import methods
+from aptq.engine.stream import open_stream
+from aptq.engine.summed import Summed, summed
+from aptq.engine.walk import walk
+from aptq.model.model import Model
+from aptq.stats.correct import Correct
+from tests.core.test_sums import SHAPE, made, normal
+from tests.engine.run import CPU, windows
+from tests.tiny import tiny_model
+
+
+def layer(text: str) -> Layer:
+    """A layer that svd has finished, with single weights beside where the text has some."""
+    one = Layer("layer", "q", normal(*SHAPE), None, Target.parse(text))
+    stage = methods.get("svd")()
+    assert isinstance(stage, Correct)
+    stage.on_layer(one)
+    if one.target.part("sparse") is not None:
+        one.parts.insert(1, made("o7%")[0])
+    return one
+
+
+@pytest.mark.parametrize("text", ["int3-g7-z+r3", "int3-g7-z+o7%+r3", "int3-g7-z+r3@int8-row"])
+@pytest.mark.parametrize("codes", [False, True])
+def test_the_sum_and_its_gradients(text: str, codes: bool) -> None:
+    one = layer(text)
+    stage = methods.get("e2e_qp")()
+    knob = summed(one, stage.knob if codes else None, 1e-2)  # type: ignore[attr-defined]
+    assert isinstance(knob, Summed)
+    torch.testing.assert_close(knob.weight(), one.dense())
+    target = normal(*SHAPE)
+    ((knob.weight() - target) ** 2).sum().backward()
+    assert knob.left is not None
+    part = next(part for part in one.parts if isinstance(part, LowRank))
+    left, right = (x.requires_grad_() for x in part.factors())
+    rest = one.dense() - part.dense()
+    ((rest + left.T @ right - target) ** 2).sum().backward()
+    assert left.grad is not None
+    assert right.grad is not None
+    torch.testing.assert_close(knob.left.grad, left.grad * knob.sizes[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(knob.right.grad, right.grad * knob.sizes[1], rtol=1e-4, atol=1e-4)
+    for ours, theirs in zip(knob.parts(), one.parts, strict=True):
+        assert type(ours) is type(theirs)
+        torch.testing.assert_close(ours.dense(), theirs.dense(), rtol=1e-2, atol=1e-2)
+    assert len(knob.groups()) == (2 if codes else 1)
+
+
+def test_nothing_to_move() -> None:
+    assert summed(layer("int3-g7-z"), None, 1e-2) is None
+    assert summed(layer("int3-g7-z+r3"), None, 0.0) is None
+
+
+PLAN = "int2-g16-z+r2"
+
+
+def held(stages: list[tuple[str, dict[str, Any]]], folder: Path) -> tuple[Compressed, Any]:
+    model = Model.open(tiny_model("llama", folder / "model", torch.bfloat16))
+    ids, plan = windows(6, 12), Plan(dict.fromkeys(model.shapes, Target.parse(PLAN)))
+    found = [methods.get(name)(**options) for name, options in stages]
+    compressed = Compressed(model, plan, ids, 0, CPU, folder, "memory")
+    stream = open_stream(model, ids, device=CPU, folder=folder, where="memory")
+    walk(model, stream, found, plan, sink=compressed.keep)
+    return compressed, stream
+
+
+def parts_of(compressed: Compressed, stream: Any) -> dict[str, list[Part]]:
+    found = {}
+    for index in range(compressed.model.blocks):
+        block = compressed.open(index, stream)
+        found |= {name: list(layer.parts) for name, layer in block.layers.items()}
+        compressed.model.unload(index)
+    return found
+
+
+@pytest.mark.parametrize("first", ["eora", "nothing"])
+def test_lrec_moves_factors_alone(first: str, tmp_path: Path) -> None:
+    names: list[tuple[str, dict[str, Any]]] = [("rtn", {})]
+    names += [("eora", {})] if first == "eora" else []
+    names += [("lrec", {"steps": 12, "batch": 2, "checks": 2})]
+    compressed, stream = held(names, tmp_path)
+    before = parts_of(compressed, stream)
+    methods.get("lrec")(**names[-1][1]).on_model(compressed)
+    after = parts_of(compressed, stream)
+    moved = 0
+    for name, parts in after.items():
+        assert torch.equal(parts[0].dense(), before[name][0].dense())
+        moved += not torch.equal(parts[1].dense(), before[name][1].dense())
+    block = compressed.open(compressed.model.blocks - 1, stream)
+    (record,) = [found for found in block.records if found["stage"] == "lrec"]
+    assert record["end"] <= record["start"]
+    assert bool(moved) == bool(record["kept"])
+    assert record["last"] < record["first"]  # it learns the windows that it sees
+
+
+def test_blocks_are_tuned_around_other_parts(tmp_path: Path) -> None:
+    options = {"steps": 6, "batch": 2}
+    compressed, stream = held([("rtn", {}), ("eora", {}), ("efficientqat", options)], tmp_path)
+    parts = parts_of(compressed, stream)
+    assert {tuple(type(part).__name__ for part in some) for some in parts.values()} == {
+        ("Quantized", "LowRank")
+    }
