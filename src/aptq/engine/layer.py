@@ -6,6 +6,7 @@ from torch import Tensor
 
 from aptq.core.parts import Part
 from aptq.core.plan import Target
+from aptq.core.target import ORDER
 from aptq.engine.stat import Stat
 
 
@@ -23,7 +24,18 @@ class Layer:
     # what a stage reports: damping, fallbacks, dead columns
     counts: dict[str, float] = field(default_factory=dict)
     profile: Tensor | None = None  # [bins] mean squared output gradient by position, if measured
+    damping: float | None = None  # share of the mean diagonal that a factorisation has added
     window: int = 0  # tokens of a window that `profile` was measured on
+
+    @property
+    def coded(self) -> bool:
+        """Are there codes, or 16-bit weights, for all places?"""
+        return any(part.meta()["type"] in ("quantized", "dense") for part in self.parts)
+
+    def add(self, part: Part) -> None:
+        """One more part; they stand in the order of the target's, whichever comes first."""
+        self.parts.append(part)
+        self.parts.sort(key=lambda part: ORDER.index(part.meta()["type"]))
 
     def dense(self) -> Tensor:
         """Sum of the parts, [out, in] float32."""

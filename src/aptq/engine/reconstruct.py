@@ -159,10 +159,10 @@ class Reconstruct(Stage):
 
 def nearest(layer: Layer) -> Layer:
     """The layer with a part: rounded to nearest where it had none."""
-    if not layer.parts:
+    if not layer.coded:
         grid = layer.target.grid
         assert grid is not None, layer.name
-        layer.parts.append(nearest_part(layer.weight, grid))
+        layer.add(nearest_part(layer.residual(), grid))
     return layer
 
 

@@ -51,9 +51,9 @@ class Correct(Stage):
     def on_layer(self, layer: Layer) -> Layer:
         """Add the factors."""
         grid, spec = layer.target.grid, layer.target.part("lowrank")
-        if not layer.parts:
+        if not layer.coded:
             assert grid is not None, f"{layer.name} has no single grid: {layer.target}"
-            layer.parts.append(nearest_part(layer.weight, grid))
+            layer.add(nearest_part(layer.residual(), grid))
         if spec is None or any(part.meta()["type"] == "lowrank" for part in layer.parts):
             return layer
         found = self.metric(layer)
@@ -61,7 +61,7 @@ class Correct(Stage):
             layer.counts["fallbacks"] = layer.counts.get("fallbacks", 0) + 1
         root, H = found or plain(layer)
         error = self.wanted(layer) - layer.dense()
-        layer.parts.append(best_part(error, spectrum(error, root), spec, H))
+        layer.add(best_part(error, spectrum(error, root), spec, H))
         return layer
 
     def extend(self, layer: Layer, base: Tensor, targets: Sequence[Target]) -> Iterator[Tensor]:

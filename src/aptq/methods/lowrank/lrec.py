@@ -34,7 +34,7 @@ class LREC(EndToEnd):
         layer = super().on_layer(layer)
         spec = layer.target.part("lowrank")
         if spec is not None and not any(isinstance(part, LowRank) for part in layer.parts):
-            layer.parts.append(silent(layer, spec))
+            layer.add(silent(layer, spec))
         return layer
 
     def open(self, block: Block) -> Knobs:

@@ -42,7 +42,7 @@ class HQQ(Stage):
             )
         W = layer.residual()
         scales = self.solve(W, grid)
-        layer.parts.append(part_of(snap(W, scales, grid), scales, grid))
+        layer.add(part_of(snap(W, scales, grid), scales, grid))
         return layer
 
     def solve(self, W: Tensor, grid: Grid) -> Scales:

@@ -32,5 +32,5 @@ class RTN(Stage):
         """Add the rounded residual."""
         grid = layer.target.grid
         assert grid is not None, f"{layer.name} has no single grid: {layer.target}"
-        layer.parts.append(nearest_part(layer.residual(), grid, shrink=shrinks(self.clip)))
+        layer.add(nearest_part(layer.residual(), grid, shrink=shrinks(self.clip)))
         return layer

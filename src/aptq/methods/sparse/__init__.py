@@ -1,0 +1,1 @@
+"""Methods that keep single weights in 16 bits beside the codes."""

@@ -1,0 +1,94 @@
+"""Single weights in 16 bits: how many, which, and what they save."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from aptq.core.parts import Sparse
+from aptq.core.plan import Plan, Target
+from aptq.engine.data import Data
+from aptq.engine.layer import Layer
+from aptq.engine.stage import methods
+from aptq.methods.sparse.spqr import SpQR
+from aptq.model.model import Model
+from aptq.pipeline import compress
+from aptq.recipe import Recipe
+from aptq.runtime.load import dense, load
+from aptq.stats.hessian import Hessian
+from aptq.stats.marked import largest
+from tests.contract.test_methods import ARCHS
+from tests.engine.run import windows
+from tests.methods.test_lowrank import IN, OUT, draw, hessian, inputs
+from tests.tiny import tiny_model
+
+
+def layer(text: str, x: Tensor) -> Layer:
+    weight = draw(OUT, IN).bfloat16().float()
+    return Layer("layer", "q", weight, None, Target.parse(text), {Hessian(): hessian(x)})
+
+
+def test_exactly_so_many_and_ties_by_place() -> None:
+    score = torch.tensor([[1.0, 3.0, 3.0], [3.0, 0.0, 5.0]])
+    assert largest(score, 3).tolist() == [[False, True, True], [False, False, True]]
+    assert largest(score, 0).sum() == 0
+
+
+@pytest.mark.parametrize("quantizer", ["rtn", "gptq"])
+def test_outliers_lower_the_loss(quantizer: str) -> None:
+    """By sensitivity better than as many by magnitude, and both better than none."""
+    x = inputs(400)
+    H = hessian(x).matrix()
+    found = {}
+    for text in ("int2-g8-z", "int2-g8-z+o2%", "int2-g8-z+o10%"):
+        one = SpQR().on_layer(layer(text, x))
+        made = methods.get(quantizer)().on_layer(one)
+        error = made.residual()
+        found[text] = float((error @ H * error).sum())
+        assert len(made.parts) == len(made.target.parts)
+    assert found["int2-g8-z+o10%"] < found["int2-g8-z+o2%"] < found["int2-g8-z"]
+
+
+def test_kept_weights_are_what_they_were() -> None:
+    """Rounding to nearest behind it leaves 0 there."""
+    one = SpQR().on_layer(layer("int3-g8-z+o5%", inputs(400)))
+    made = methods.get("rtn")().on_layer(one)
+    codes, kept = made.parts
+    assert isinstance(kept, Sparse)
+    mask = kept.mask()
+    assert int(mask.sum()) == 5 * OUT * IN // 100
+    assert not codes.dense()[mask].any()
+    assert torch.equal(made.dense()[mask], made.weight[mask])
+
+
+def test_the_score_is_that_of_the_inverse() -> None:
+    one = layer("int2-g8-z", inputs(400))
+    score = SpQR(damp=0.01, clip=1.0).score(one)
+    H = hessian(inputs(400)).matrix().double()
+    H += 0.01 * H.diagonal().mean() * torch.eye(IN, dtype=torch.float64)
+    wrong = methods.get("rtn")().on_layer(layer("int2-g8-z", inputs(400))).residual()
+    wanted = wrong.double().square() / torch.linalg.inv(H).diagonal()
+    assert score is not None
+    torch.testing.assert_close(score.double(), wanted, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_all_parts_in_every_family(arch: str, tmp_path: Path) -> None:
+    folder = tiny_model(arch, tmp_path / "model", torch.bfloat16)
+    text = tmp_path / "words.txt"
+    text.write_text(" ".join(f"word {i} and {i * i}" for i in range(200)), "utf-8")
+    stages = tuple(methods.get(name)() for name in ("spqr", "gptq", "eora"))
+    recipe = Recipe(stages=stages, budget="", data=Data(source=str(text), samples=3, length=16))
+    model = Model.open(folder)
+    plan = Plan(dict.fromkeys(model.shapes, Target.parse("int3-g16-z+o1.5%+r2")))
+    done = compress(folder, tmp_path / "run", recipe=recipe, plan=plan)
+    assert done.bits == pytest.approx(plan.bits(model.shapes))
+    packed = load(tmp_path / "run", kernel="reference", dtype=torch.float32)
+    fast = load(tmp_path / "run", dtype=torch.float32)
+    whole = dense(tmp_path / "run", dtype=torch.float32)
+    ids = windows(2, 20)
+    with torch.no_grad():
+        one, two, three = (m(ids).logits for m in (packed, fast, whole))
+    torch.testing.assert_close(one, three, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(two, three, rtol=1e-3, atol=1e-4)
