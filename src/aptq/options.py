@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from aptq.core.grid import Grid
+from aptq.core.plan import Candidate, Target, candidate
 from aptq.registry import closest
 
 T = TypeVar("T")
@@ -38,14 +39,16 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         if value in args and type(value) in {type(arg) for arg in args}:
             return value
         raise ValueError(f"{value!r} is no choice\nfor {where}\n{_choices(value, args)}")
+    if hint == Candidate and isinstance(value, str):
+        return candidate(value)
+    if hint is Grid and isinstance(value, str):
+        return Grid.parse(value)
     if origin in (types.UnionType, typing.Union):
         return _convert(value, next(arg for arg in args if arg is not types.NoneType), where)
     if origin is tuple and isinstance(value, (list, tuple)):
         return tuple(_convert(item, args[0], where) for item in value)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
         return construct(hint, value, where)
-    if hint is Grid and isinstance(value, str):
-        return Grid.parse(value)
     if hint is Path and isinstance(value, str):
         return Path(value)
     if hint is float and type(value) is int:
@@ -78,7 +81,7 @@ def parse_pairs(pairs: Iterable[str]) -> dict[str, Any]:
 
 def plain(value: Any) -> Any:
     """Dataclasses, tuples, grids and paths as TOML's values; fields that are None are left out."""
-    if isinstance(value, Grid | Path):
+    if isinstance(value, Grid | Target | Path):
         return str(value)
     if dataclasses.is_dataclass(value):
         pairs = ((item.name, getattr(value, item.name)) for item in dataclasses.fields(value))

@@ -15,7 +15,7 @@ import tomli_w
 
 from aptq.allocate import Allocator, allocators
 from aptq.core.budget import Budget
-from aptq.core.grid import Grid
+from aptq.core.plan import Candidate, candidate
 from aptq.engine.data import Data
 from aptq.engine.measure import Measure
 from aptq.engine.stage import Stage, methods
@@ -32,7 +32,8 @@ class Recipe:
     """Stages in order, the grids to choose from and how to choose, and the calibration data."""
 
     stages: tuple[Stage, ...]
-    grids: tuple[Grid, ...] = ()  # candidates; empty = every grid that the planner knows
+    # candidates: grids, or sums such as int3-g64-z+o0.5%+r16; empty = every grid of the planner
+    grids: tuple[Candidate, ...] = ()
     budget: str = "4bpw"  # several with commas; "" = none: `grids` holds the one grid of all layers
     keep: tuple[str, ...] = ()  # name patterns of layers left at their source dtype
     minimum: tuple[str, ...] = ()  # "PATTERN=BITS": layers that get codes of at least so many bits
@@ -160,7 +161,7 @@ class Recipe:
         return dataclasses.replace(
             self,
             data=data,
-            grids=candidates if grid is None else (Grid.parse(grid),),
+            grids=candidates if grid is None else (candidate(grid),),
             budget=self.budget if (budget, grid) == (None, None) else budget or "",
             keep=keep or self.keep,
             profile=profile or self.profile,

@@ -1,5 +1,6 @@
 """Single weights in 16 bits: how many, which, and what they save."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from aptq.core.parts import Sparse
 from aptq.core.plan import Plan, Target
+from aptq.engine.candidate import errors
 from aptq.engine.data import Data
 from aptq.engine.layer import Layer
 from aptq.engine.stage import methods
@@ -71,6 +73,46 @@ def test_the_score_is_that_of_the_inverse() -> None:
     wanted = wrong.double().square() / torch.linalg.inv(H).diagonal()
     assert score is not None
     torch.testing.assert_close(score.double(), wanted, rtol=1e-3, atol=1e-6)
+
+
+TEXTS = ["int2-g8-z", "int2-g8-z+r2", "int2-g8-z+o3%", "int2-g8-z+o3%+r2", "int3-g8-z", "bf16"]
+
+
+@pytest.mark.parametrize("names", [("spqr", "gptq", "eora"), ("spqr", "rtn", "svd")])
+def test_errors_of_candidates_are_those_of_the_stages(names: tuple[str, ...]) -> None:
+    """Work is shared between candidates, results are not changed by it."""
+    one, targets = layer("int2-g8-z", inputs(400)), [Target.parse(text) for text in TEXTS]
+    stages = [methods.get(name)() for name in names]
+    for target, found in zip(targets, errors(one, targets, stages), strict=True):
+        wanted = replace(one, target=target, parts=[])
+        for stage in stages if target != targets[-1] else []:
+            stage.on_layer(wanted)
+        made = wanted.dense() if wanted.parts else one.weight
+        torch.testing.assert_close(found, made - one.weight, rtol=1e-4, atol=1e-4)
+
+
+def test_bits_rank_and_outliers_are_chosen_together(tmp_path: Path) -> None:
+    folder = tiny_model("llama", tmp_path / "model", torch.bfloat16)
+    text = tmp_path / "words.txt"
+    text.write_text(" ".join(f"word {i} and {i * i}" for i in range(200)), "utf-8")
+    recipe = Recipe.parse(
+        """
+grids = ["int2-g16-z", "int2-g16-z+o2%", "int2-g16-z+r2", "int3-g16-z", "int3-g16-z+o1%+r1"]
+budget = "4.5bpw"
+measure = {use = "fisher"}
+allocate = {use = "milp"}
+stage = [{use = "spqr"}, {use = "gptq"}, {use = "eora"}]
+""",
+        "here",
+    )
+    data = Data(source=str(text), samples=4, length=16)
+    done = compress(folder, tmp_path / "run", recipe=replace(recipe, data=data))
+    plan = Plan.load(tmp_path / "run" / "plan.json")
+    assert done.bits <= 4.5
+    kinds = {part.kind for target in plan.targets.values() for part in target.parts}
+    assert kinds > {"quantized"}
+    assert load(tmp_path / "run") is not None
+    assert Recipe.parse(recipe.text(), "again") == recipe
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -2,17 +2,17 @@
 
 from statistics import NormalDist
 
-from aptq.core.grid import Grid
-from aptq.core.plan import Shapes
+from aptq.core.plan import Candidate, Shapes, target_of
 
 
-def expected_error(grid: Grid, shapes: Shapes) -> float:
+def expected_error(candidate: Candidate, shapes: Shapes) -> float:
     """Mean squared rounding error of standard normal weights, averaged over the layers.
 
     A step of width s rounds with error s^2 / 12; s is the expected range of a group's weights over
     its number of steps.
     """
-    if grid.dense:
+    grid = target_of(candidate).grid  # what is added to codes is left out
+    if grid is None or grid.dense:
         return 0.0
     total = sum(out * columns for out, columns in shapes.values())
     lost = 0.0

@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
-from aptq.core.grid import Grid
-from aptq.core.target import PartSpec, Target
+from aptq.core.target import Candidate, PartSpec, Target, candidate, target_of
 
-__all__ = ["PartSpec", "Plan", "Shapes", "Target"]
+__all__ = ["Candidate", "PartSpec", "Plan", "Shapes", "Target", "candidate", "target_of"]
 
 Shapes = dict[str, tuple[int, int]]  # full layer name -> (out, in)
 
@@ -33,9 +32,9 @@ class Plan:
 
     @classmethod
     def uniform(
-        cls, shapes: Mapping[str, tuple[int, int]], grid: Grid, keep: Sequence[str] = ()
+        cls, shapes: Mapping[str, tuple[int, int]], grid: Candidate, keep: Sequence[str] = ()
     ) -> "Plan":
-        """One grid for all layers but those that match a glob pattern of keep.
+        """One grid or target for all layers but those that match a glob pattern of keep.
 
         Raises ValueError if a pattern matches no layer.
         """
@@ -45,7 +44,7 @@ class Plan:
             if not matched:
                 _unknown(f"keep pattern {pattern!r} matches no layer", pattern, shapes)
             kept.update(matched)
-        chosen = Target((PartSpec(grid),))
+        chosen = target_of(grid)
         targets = {name: Target() if name in kept else chosen for name in shapes}
         return cls(targets, {"rule": "uniform", "grid": str(grid)})
 

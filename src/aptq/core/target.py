@@ -147,3 +147,17 @@ class Target:
                 "write grids first, then at most one share of outliers, then at most one rank"
             )
         return cls(parts)
+
+
+Candidate = Grid | Target  # a grid stands for the target with that one part
+
+
+def candidate(text: str) -> Candidate:
+    """A grid where the text is that of one, else a target.  Raises ValueError."""
+    target = Target.parse(text)
+    return target.grid if target.grid is not None and len(target.parts) == 1 else target
+
+
+def target_of(given: Candidate) -> Target:
+    """The target that a candidate stands for."""
+    return given if isinstance(given, Target) else Target((PartSpec(given),))

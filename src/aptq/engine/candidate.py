@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -47,25 +48,33 @@ def errors(
 
 
 def _made(layer: Layer, targets: Sequence[Target], stages: Sequence[Stage]) -> Iterator[Tensor]:
-    """What all stages together make of the layer at each target, [out, in]."""
-    if len(stages) == 2 and stages[1].adds:
-        yield from _extended(layer, targets, *stages)
+    """What all stages together make of the layer at each target, [out, in].
+
+    Neighbours among the targets that differ only in what the last stage adds share all else.
+    """
+    last = stages[-1]
+    if not last.adds:
+        yield from _bodies(layer, targets, stages)
         return
-    for target in targets:
-        scratch = replace(layer, target=target, parts=[])
-        for stage in stages:
-            scratch = stage.on_layer(scratch)
-        yield scratch.dense()
+    runs = [(base, list(some)) for base, some in groupby(targets, key=_without_factors)]
+    bodies = _bodies(layer, [base for base, _ in runs], stages[:-1])
+    for made, (_, some) in zip(bodies, runs, strict=True):
+        yield from last.extend(layer, made, some)
 
 
-def _extended(
-    layer: Layer, targets: Sequence[Target], first: Stage, second: Stage
-) -> Iterator[Tensor]:
-    """As `_made`; targets that differ in what `second` adds to them share all else."""
-    alike: dict[Target, list[Target]] = {}
-    for target in targets:
-        alike.setdefault(Target(tuple(x for x in target.parts if not x.rank)), []).append(target)
-    made: dict[Target, Tensor] = {}
-    for base, (_, some) in zip(first.attempt(layer, list(alike)), alike.items(), strict=True):
-        made |= zip(some, second.extend(layer, base, some), strict=True)
-    yield from (made[target] for target in targets)
+def _bodies(layer: Layer, targets: Sequence[Target], stages: Sequence[Stage]) -> Iterator[Tensor]:
+    """As `_made`; stages that mark outliers are left out where a target has none."""
+    for sparse, some in groupby(targets, key=lambda target: target.part("sparse") is not None):
+        used = [stage for stage in stages if sparse or not stage.marks]
+        if len(used) == 1:
+            yield from used[0].attempt(layer, list(some))
+            continue
+        for target in some:
+            scratch = replace(layer, target=target, parts=[])
+            for stage in used:
+                scratch = stage.on_layer(scratch)
+            yield scratch.dense()
+
+
+def _without_factors(target: Target) -> Target:
+    return Target(tuple(part for part in target.parts if not part.rank))

@@ -63,6 +63,11 @@ class Stage:
         return False
 
     @property
+    def marks(self) -> bool:
+        """Does the stage only choose outliers, for targets that have some?"""
+        return False
+
+    @property
     def adds(self) -> bool:
         """Does the stage only add parts, by what those before leave of the weight: `extend`?"""
         return False

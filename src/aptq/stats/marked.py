@@ -21,6 +21,11 @@ from aptq.engine.stage import Stage
 class Marked(Stage):
     """Keep as many weights of a layer as its target says; one that names none is left alone."""
 
+    @property
+    def marks(self) -> bool:
+        """It only chooses outliers."""
+        return True
+
     @abstractmethod
     def score(self, layer: Layer) -> Tensor | None:
         """What it would cost to round each weight, float32 [out, in]; None where nothing tells."""
