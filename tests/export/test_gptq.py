@@ -17,6 +17,7 @@ from aptq.core.grid import Grid
 from aptq.core.parts import Quantized
 from aptq.core.plan import Plan, Target
 from aptq.core.rounding import Scales
+from aptq.export import exporters
 from aptq.export.gptq import packed
 from aptq.exporting import export_to
 from aptq.model.model import Model
@@ -293,6 +294,24 @@ def test_grids_that_are_refused(text: str, words: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=words):
         export_to(made.folder, tmp_path / "out", to="gptq")
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("to", ["gptq", "compressed_tensors", "gguf"])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("int4-g32+r2", "a sum of 2 parts (quantized + lowrank)"),
+        ("int4-g32+o1%+r2", "a sum of 3 parts (quantized + sparse + lowrank)"),
+        ("int3-g32-z~", "widths differ"),
+    ],
+)
+def test_parts_that_no_format_holds(text: str, words: str, to: str, tmp_path: Path) -> None:
+    """Found in the plan, before any work; every layer is named."""
+    model = Model.open(wide_model("llama", tmp_path))
+    plan = Plan(dict.fromkeys(model.shapes, Target.parse(text)))
+    found = [x for x in exporters.get(to)().check(model, plan) if words in x.why]
+    assert {obstacle.layer for obstacle in found} == set(model.shapes)
+    assert all(obstacle.instead == "plan with one grid for each layer" for obstacle in found)
 
 
 def test_widths_that_words_do_not_hold(tmp_path: Path) -> None:

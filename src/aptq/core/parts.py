@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from aptq.core.graded import Graded, graded_specs
 from aptq.core.lowrank import LowRank, factor_specs
 from aptq.core.part import Part, Spec
 from aptq.core.quantized import Dense, Quantized, grid_specs, nearest_part, part_of
@@ -14,6 +15,7 @@ from aptq.core.target import PartSpec
 __all__ = [
     "PARTS",
     "Dense",
+    "Graded",
     "LowRank",
     "Part",
     "Quantized",
@@ -29,6 +31,7 @@ __all__ = [
 PARTS: dict[str, type[Part]] = {
     "quantized": Quantized,
     "dense": Dense,
+    "graded": Graded,
     "lowrank": LowRank,
     "sparse": Sparse,
 }
@@ -41,6 +44,8 @@ def part_specs(spec: PartSpec, shape: tuple[int, int]) -> dict[str, Spec]:
     if spec.kind == "sparse":
         return outlier_specs(spec, shape)
     assert spec.grid is not None, spec
+    if spec.graded:
+        return graded_specs(spec.grid, shape)
     return grid_specs(spec.grid, shape)
 
 
@@ -51,7 +56,7 @@ def load_part(spec: PartSpec, shape: tuple[int, int], read: Callable[[str], Tens
         meta |= {"rank": str(spec.rank), "grid": str(spec.grid or "bf16")}
     elif spec.kind == "sparse":
         meta["outliers"] = str(spec.outliers)
-    elif spec.kind == "quantized":
+    elif spec.kind in ("quantized", "graded"):
         meta["grid"] = str(spec.grid)
     tensors = {name: read(name) for name in part_specs(spec, shape)}
     return PARTS[spec.kind].load(tensors, meta, shape)

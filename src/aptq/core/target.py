@@ -13,8 +13,15 @@ from aptq.core.grid import Grid
 KEEP = "keep"  # text form of a target without parts
 SHARE = 10_000  # outliers are counted in so many parts of the weights
 NARROW = 1 << 16  # columns up to which the place of an outlier in its row takes two bytes
-Kind = Literal["quantized", "dense", "sparse", "lowrank"]
-ORDER: tuple[Kind, ...] = ("quantized", "dense", "sparse", "lowrank")
+Kind = Literal["quantized", "graded", "dense", "sparse", "lowrank"]
+ORDER: tuple[Kind, ...] = ("quantized", "graded", "dense", "sparse", "lowrank")
+CODED = ("quantized", "graded", "dense")  # parts that hold something for every place
+
+
+def gradable(grid: Grid) -> bool:
+    """Can groups of this grid have widths of their own?"""
+    whole = grid.group > 0 and grid.group % 8 == 0
+    return not grid.special and not grid.dense and grid.zero == "int" and grid.bits < 8 and whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +31,7 @@ class PartSpec:
     grid: Grid | None = None  # of the codes; with a rank of the factors, which else have 16 bits
     rank: int = 0  # columns of the factors; 0: no factors
     outliers: int = 0  # single weights in 16 bits, so many of SHARE; 0: none
+    graded: bool = False  # groups have widths of their own, those of the grid on average
 
     @property
     def kind(self) -> Kind:
@@ -32,6 +40,8 @@ class PartSpec:
             return "lowrank"
         if self.outliers:
             return "sparse"
+        if self.graded:
+            return "graded"
         return "dense" if self.grid is not None and self.grid.dense else "quantized"
 
     @property
@@ -53,18 +63,26 @@ class PartSpec:
             place = 2 if shape[1] <= NARROW else 4
             return self.count(shape) * (2 + place) + 4 * (shape[0] + 1)
         assert self.grid is not None, self
+        if self.graded:  # zeros have the bits of the widest, and each group has its width
+            groups = self.grid.groups(shape[1])
+            zeros = -(-shape[0] * groups * (self.grid.bits + 1) // 8)
+            return shape[0] * (shape[1] * self.grid.bits // 8 + 2 * groups) + zeros + groups
         return self.grid.nbytes(shape)
 
     def fits(self, shape: tuple[int, int]) -> bool:
         """Can it be a part of a weight of shape (out, in)?"""
         lengths = shape if self.rank else shape[1:]
+        if self.graded and self.grid is not None and shape[1] % self.grid.group:
+            return False
         held = self.grid is None or all(self.grid.fits(length) for length in lengths)
         return held and self.rank <= min(shape)
 
     def __str__(self) -> str:
         if self.kind == "lowrank":
             return f"r{self.rank}" + (f"@{self.grid}" if self.grid is not None else "")
-        return f"o{self.outliers / 100:g}%" if self.kind == "sparse" else str(self.grid)
+        if self.kind == "sparse":
+            return f"o{self.outliers / 100:g}%"
+        return f"{self.grid}~" if self.graded else str(self.grid)
 
     @classmethod
     def parse(cls, text: str) -> "PartSpec":
@@ -77,12 +95,16 @@ class PartSpec:
             outliers = round(float(found[1]) * 100)
             if outliers:
                 return cls(outliers=outliers)
+        elif text.endswith("~"):
+            grid = Grid.parse(text[:-1])
+            if gradable(grid):
+                return cls(grid, graded=True)
         elif not re.match(r"[ro]\d", text):
             return cls(Grid.parse(text))
         raise ValueError(
             f"{text!r} is no part of a weight\n"
-            "known: a grid, r32 or r32@int8-row (factors of a rank), o0.5% (outliers)\n"
-            "ranks are at least 1, outliers 0.01 to 99.99 percent"
+            "known: a grid, int3-g32-z~ (mixed), r32, r32@int8-row (factors), o0.5% (outliers)\n"
+            "ranks are at least 1, outliers 0.01 to 99.99 percent, ~ needs groups of eights and -z"
         )
 
 
@@ -98,9 +120,14 @@ class Target:
         return not self.parts
 
     @property
+    def plain(self) -> bool:
+        """Is it kept, or a single grid for the whole weight?"""
+        return self.kept or isinstance(_simple(self), Grid)
+
+    @property
     def grid(self) -> Grid | None:
         """The grid of the weight's codes (or its 16-bit one) if exactly one part has codes."""
-        found = [part.grid for part in self.parts if part.kind in ("quantized", "dense")]
+        found = [part.grid for part in self.parts if part.kind in CODED]
         return found[0] if len(found) == 1 else None
 
     @property
@@ -154,8 +181,12 @@ Candidate = Grid | Target  # a grid stands for the target with that one part
 
 def candidate(text: str) -> Candidate:
     """A grid where the text is that of one, else a target.  Raises ValueError."""
-    target = Target.parse(text)
-    return target.grid if target.grid is not None and len(target.parts) == 1 else target
+    return _simple(Target.parse(text))
+
+
+def _simple(target: Target) -> Candidate:
+    whole = len(target.parts) == 1 and target.parts[0].kind in ("quantized", "dense")
+    return target.grid if target.grid is not None and whole else target
 
 
 def target_of(given: Candidate) -> Target:

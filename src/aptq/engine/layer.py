@@ -6,7 +6,7 @@ from torch import Tensor
 
 from aptq.core.parts import Part
 from aptq.core.plan import Target
-from aptq.core.target import ORDER
+from aptq.core.target import CODED, ORDER
 from aptq.engine.stat import Stat
 
 
@@ -30,7 +30,7 @@ class Layer:
     @property
     def coded(self) -> bool:
         """Are there codes, or 16-bit weights, for all places?"""
-        return any(part.meta()["type"] in ("quantized", "dense") for part in self.parts)
+        return any(part.meta()["type"] in CODED for part in self.parts)
 
     def add(self, part: Part) -> None:
         """One more part; they stand in the order of the target's, whichever comes first."""

@@ -27,7 +27,7 @@ from aptq.core.kbytes import packed
 from aptq.core.kquants import SUPER, recovered
 from aptq.core.parts import Quantized
 from aptq.core.plan import Plan
-from aptq.export import Exporter, Obstacle, Report, Stored, exporters
+from aptq.export import Exporter, Obstacle, Report, Stored, exporters, unlike
 from aptq.model.ggufmeta import FAMILIES, add_model, add_tokenizer, rope_factors, unsupported
 from aptq.model.model import Model
 from aptq.model.weights import check_finite_tensor
@@ -75,12 +75,11 @@ class Gguf(Exporter):
             found.append(Obstacle("the tokenizer", why, "give the model a tokenizer.json of BPE"))
         shapes = {**model.shapes, **model.outer_shapes}
         for name, target in plan.targets.items():
-            if len(target.parts) > 1:
-                what = f"it is a sum of {len(target.parts)} parts"
-                more = "choose a recipe whose stages make one part a layer"
-                found.append(Obstacle(name, what, more))
-            elif not target.kept:
-                found += self._obstacles(name, target.parts[0].grid, shapes[name])
+            grid = target.grid
+            if not target.plain:
+                found.append(Obstacle(name, unlike(target), "plan with one grid for each layer"))
+            elif grid is not None:
+                found += self._obstacles(name, grid, shapes[name])
         return found
 
     def nbytes(self, model: Model, plan: Plan) -> int:
@@ -138,8 +137,8 @@ class Gguf(Exporter):
             name = names.get_name(path, try_suffixes=(".weight", ".bias"))
             assert name is not None, f"gguf has no name for {path}"
             target = plan.targets.get(path.removesuffix(".weight"))
-            if target is not None and not target.kept:
-                kind = self._kind(target.parts[0].grid)
+            if target is not None and target.grid is not None:
+                kind = self._kind(target.grid)
                 assert kind is not None, (path, str(target))
             elif tensor.dim() < 2:
                 kind = Kind.F32  # norms and biases: llama.cpp computes with nothing else

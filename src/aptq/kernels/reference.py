@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from aptq.core.parts import PARTS, Part, Quantized
+from aptq.core.parts import PARTS, Graded, Part, Quantized
 
 # Weights decoded at once.  CPU, measured on int4 from 576 x 576 to 4096 x 4096: 2^20 is fastest,
 # smaller tiles pay per call, 2^24 leaves the caches and takes 8 times as long.  GPU: 64 MiB.
@@ -93,7 +93,7 @@ class Tiled(Reference):
     @classmethod
     def supports(cls, part: Part, device: torch.device, dtype: torch.dtype) -> bool:
         """Whatever has to be decoded."""
-        return isinstance(part, Quantized)
+        return isinstance(part, Quantized | Graded)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [rows, in] -> [rows, out]."""
