@@ -13,7 +13,7 @@ from aptq.engine.compressed import Compressed
 from aptq.engine.stream import open_stream
 from aptq.engine.walk import walk
 from aptq.model.model import Model
-from tests.contract.test_methods import ARCHS, GRID, STAGES, short
+from tests.contract.test_methods import ARCHS, GRID, STAGES, stages
 from tests.engine.run import CPU, windows
 from tests.tiny import tiny_model
 
@@ -27,12 +27,12 @@ def test_every_stage(arch: str, tmp_path: Path) -> None:
     for name in STAGES:
         if (name, arch) in REFUSED:
             continue
-        model, ids, stage = Model.open(folder), windows(4, 12), short(name)
+        model, ids, chosen = Model.open(folder), windows(4, 12), stages(name)
         plan = Plan.uniform(model.shapes, GRID)
         held = Compressed(model, plan, ids, 0, CPU, tmp_path, "memory")
         stream = open_stream(model, ids, device=CPU, folder=tmp_path, where="memory")
-        walk(model, stream, [stage], plan, sink=held.keep)
-        stage.on_model(held)
+        walk(model, stream, chosen, plan, sink=held.keep)
+        chosen[0].on_model(held)
         for index in range(model.blocks):
             block = held.open(index, stream)
             for layer in block.layers.values():

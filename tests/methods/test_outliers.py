@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from aptq.core.parts import Sparse
 from aptq.core.plan import Plan, Target
+from aptq.core.scores import Scores
 from aptq.engine.candidate import errors
-from aptq.engine.data import Data
+from aptq.engine.data import Data, tokens
 from aptq.engine.layer import Layer
 from aptq.engine.stage import methods
 from aptq.methods.sparse.spqr import SpQR
@@ -20,6 +22,7 @@ from aptq.recipe import Recipe
 from aptq.runtime.load import dense, load
 from aptq.stats.hessian import Hessian
 from aptq.stats.marked import largest
+from aptq.store.checkpoint import Checkpoint
 from tests.contract.test_methods import ARCHS
 from tests.engine.run import windows
 from tests.methods.test_lowrank import IN, OUT, draw, hessian, inputs
@@ -134,3 +137,71 @@ def test_all_parts_in_every_family(arch: str, tmp_path: Path) -> None:
         one, two, three = (m(ids).logits for m in (packed, fast, whole))
     torch.testing.assert_close(one, three, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(two, three, rtol=1e-3, atol=1e-4)
+
+
+def gradients(folder: Path, text: Path, name: str, share: str) -> dict[str, Tensor]:
+    """Run `name` and rtn on a tiny model; the places that it kept, by layer."""
+    stages = (methods.get(name)(), methods.get("rtn")())
+    recipe = Recipe(stages=stages, budget="", data=Data(source=str(text), samples=3, length=16))
+    plan = Plan(dict.fromkeys(Model.open(folder).shapes, Target.parse(f"int3-g16-z+o{share}%")))
+    out = text.parent / f"{name}{share}"
+    compress(folder, out, recipe=recipe, plan=plan)
+    stored, found = Checkpoint.open(out), {}
+    for layer in stored.plan.targets:
+        (part,) = (part for part in stored.layer(layer) if isinstance(part, Sparse))
+        found[layer] = part.mask()
+    return found
+
+
+@pytest.mark.parametrize("name", ["gwq", "tacq"])
+def test_places_are_those_of_autograd(name: str, tmp_path: Path) -> None:
+    """sum over windows of |dL / dW|, by plain autograd on the whole model in float32."""
+    folder = tiny_model("llama", tmp_path / "model", torch.float32)
+    text = tmp_path / "words.txt"
+    text.write_text(" ".join(f"word {i} and {i * i}" for i in range(200)), "utf-8")
+    found = gradients(folder, text, name, "4")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    source = Model.open(folder)
+    ids = tokens(Data(source=str(text), samples=3, length=16), source.tokenizer).ids
+    sizes = {layer: torch.zeros(shape) for layer, shape in source.shapes.items()}
+    for window in ids:
+        model.zero_grad()
+        logits = model(window[None]).logits[0, :-1]
+        torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum").backward()
+        for layer, size in sizes.items():
+            grad = model.get_parameter(f"{layer}.weight").grad
+            assert grad is not None
+            size += grad.abs()
+    for layer, size in sizes.items():
+        if name == "tacq":
+            W = model.get_parameter(f"{layer}.weight").detach()
+            wrong = methods.get("rtn")().on_layer(
+                Layer(layer, "q", W, None, Target.parse("int3-g16-z"))
+            )
+            size = size * wrong.residual().abs() * W.abs()
+        wanted = largest(size, int(found[layer].sum()))
+        assert int((wanted & found[layer]).sum()) >= 0.98 * int(wanted.sum()), layer
+
+
+def test_measure_circuit_prefers_kept_weights(tmp_path: Path) -> None:
+    """More outliers weigh less; the sum is that of the definition for one layer."""
+    folder = tiny_model("llama", tmp_path / "model", torch.float32)
+    text = tmp_path / "words.txt"
+    text.write_text(" ".join(f"word {i} and {i * i}" for i in range(200)), "utf-8")
+    recipe = Recipe.parse(
+        """
+grids = ["int3-g16-z", "int3-g16-z+o1%", "int3-g16-z+o5%"]
+budget = "5.2bpw"
+measure = {use = "circuit"}
+allocate = {use = "milp"}
+stage = [{use = "tacq"}, {use = "rtn"}]
+""",
+        "here",
+    )
+    data = Data(source=str(text), samples=3, length=16)
+    compress(folder, tmp_path / "run", recipe=replace(recipe, data=data))
+    scores = Scores.load(tmp_path / "run" / "scores.json")
+    for losses in scores.losses.values():
+        assert losses[0] > losses[1] > losses[2] > 0
+    plan = Plan.load(tmp_path / "run" / "plan.json")
+    assert len({str(target) for target in plan.targets.values()}) > 1

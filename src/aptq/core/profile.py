@@ -5,6 +5,7 @@ then nearly flat, so positions are binned by powers of two: [0], [1], [2, 3], [4
 """
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,8 @@ class Profiles(NamedTuple):
 
     window: int  # tokens of a window they were measured on
     of: Mapping[str, Tensor]  # full layer name -> [bins] mean squared output gradient of a token
+    # full layer name -> uint8 [out, ceil(in / 8)], a bit at each place of an outlier
+    marks: Mapping[str, Tensor] = MappingProxyType({})
 
 
 def bin_of(length: int) -> Tensor:

@@ -25,6 +25,7 @@ class Layer:
     counts: dict[str, float] = field(default_factory=dict)
     profile: Tensor | None = None  # [bins] mean squared output gradient by position, if measured
     damping: float | None = None  # share of the mean diagonal that a factorisation has added
+    marked: Tensor | None = None  # uint8 [out, ceil(in / 8)]: a bit at each outlier that was found
     window: int = 0  # tokens of a window that `profile` was measured on
 
     @property

@@ -63,6 +63,11 @@ class Stage:
         return False
 
     @property
+    def traced(self) -> bool:
+        """Does the stage need places that a backward walk has found: `places`?"""
+        return False
+
+    @property
     def marks(self) -> bool:
         """Does the stage only choose outliers, for targets that have some?"""
         return False

@@ -42,7 +42,7 @@ class Perturbation(GradientStat):
                 for parity in (0, 1):
                     self.sums["damage"][parity, number] += damage[half == parity].sum()
             return
-        for rows in _windows(seen):
+        for rows in windows_of(seen):
             gradient = g[rows].T @ x[rows]
             parity = int(half[rows.start])
             for number, change in enumerate(self.changes):
@@ -58,7 +58,7 @@ class Perturbation(GradientStat):
         return 16 * len(self.changes)
 
 
-def _windows(seen: Seen) -> Iterator[slice]:
+def windows_of(seen: Seen) -> Iterator[slice]:
     """Rows of one window after the other.
 
     Rows of a routed expert name no window: a new one begins where the position does not grow or
