@@ -6,6 +6,21 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from aptq.runtime.graph import Static, applies
+
+
+class Growing:
+    """Logits of the next token [batch, rows] after ids [batch, n] and all given before."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.past = model, None
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """ids int64 [batch, n] on the model's device."""
+        out = self.model(input_ids=ids, past_key_values=self.past, use_cache=True, logits_to_keep=1)
+        self.past = out.past_key_values
+        return out.logits[:, -1]
+
 
 @torch.inference_mode()
 def stream(
@@ -21,10 +36,11 @@ def stream(
     temperature 0 takes the most likely token; otherwise `generator` (on the CPU, so that a seed
     gives the same draws on every device) is required.
     """
-    past, step = None, ids.to(model.device)
+    graphs = applies(model, len(ids), count)
+    forward = Static(model, len(ids), ids.shape[1] + count) if graphs else Growing(model)
+    step = ids.to(model.device)
     for _ in range(count):
-        out = model(input_ids=step, past_key_values=past, use_cache=True, logits_to_keep=1)
-        past, logits = out.past_key_values, out.logits[:, -1].float()
+        logits = forward(step).float()
         if temperature == 0:
             token = logits.argmax(-1)
         else:

@@ -1,0 +1,198 @@
+"""Which tile a kernel takes: from the file of a device that was tuned, else by rule.
+
+Nothing is ever timed inside a product; `tune` is called by benchmarks/kernels.py --tune.
+"""
+
+import json
+import os
+import statistics
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from aptq.kernels.triton.layout import Buffers, Layout
+
+VERSION = 1  # of the file; kernels that work in another way need other tiles
+SHARED = 160 << 10  # bytes of shared memory for one program: what an A100 has, an H100 has 227
+ROTATED = 256 << 20  # bytes of weights that are timed in turn: more than second-level caches hold
+WARPS = {16: (1,), 32: (2,), 64: (2, 4), 128: (4, 8)}  # of a tile, by its rows
+
+
+class Setting(NamedTuple):
+    """One tile: rows of the weight and of x, warps, stages of loads, parts of a row's sum."""
+
+    rows: int
+    batch: int
+    warps: int
+    stages: int
+    splits: int
+
+    def fits(self, layout: Layout) -> bool:
+        """Do loads in flight fit into shared memory, sums into registers, has each part a block?"""
+        # the matrix units that read x where it was loaded
+        wide = self.rows >= 64 and self.batch >= 16 and self.warps % 4 == 0
+        held = self.rows * layout.bits // 8 * (self.stages - 1)
+        held = layout.block * (held + 2 * self.batch * (self.stages - (not wide)))
+        sums = self.rows * self.batch // (32 * self.warps)
+        return held <= SHARED and sums <= 32 and self.splits <= -(-layout.columns // layout.block)
+
+
+def batch_of(rows: int) -> int:
+    """Columns of the tile for so many rows of x: 8 (the matrix instruction's least) to 64."""
+    return min(64, max(8, 1 << (rows - 1).bit_length()))
+
+
+@cache
+def chosen(layout: Layout, rows: int, device: torch.device) -> Setting:
+    """The setting for `rows` rows of x.  Raises nothing: a file that is damaged is not used."""
+    if device.type != "cuda":
+        return default(layout, rows, 1)
+    known = settings(file_of(torch.cuda.get_device_name(device)))
+    found = known.get(key_of(layout, rows))
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return found if found and found.fits(layout) else default(layout, rows, processors)
+
+
+def default(layout: Layout, rows: int, processors: int) -> Setting:
+    """By rule: tiles so small that every processor gets two, and about 24 KiB of it in flight."""
+    batch = batch_of(rows)
+    size = next((n for n in (64, 32) if layout.out >= 2 * n * processors), 16)
+    if batch >= 32:  # from 64 rows and 4 warps on, the faster matrix units; 128 read x less often
+        size = 128 if layout.out >= 128 * processors else 64
+    tiles = -(-layout.out // size)
+    splits = 1
+    while tiles * splits < processors and 2 * splits * layout.block <= layout.columns:
+        splits *= 2
+    each = layout.block * (size * layout.bits // 8)
+    stages = min(8, max(3, 1 + (24 << 10) // each))
+    warps = 8 if size * batch > 4096 else min(4, size // 16)
+    setting = Setting(size, batch, warps, stages, splits)
+    while not setting.fits(layout) and setting.stages > 2:
+        setting = setting._replace(stages=setting.stages - 1)
+    return setting
+
+
+def candidates(layout: Layout, rows: int, processors: int) -> list[Setting]:
+    """Settings worth timing: between half a program and sixteen for each processor."""
+    sizes = [(size, warps) for size, many in WARPS.items() for warps in many]
+    found = []
+    for (size, warps), stages, splits in product(sizes, (3, 5, 8), (1, 2, 4, 8)):
+        setting = Setting(size, batch_of(rows), warps, stages, splits)
+        programs = -(-layout.out // size) * splits
+        if setting.fits(layout) and processors <= 2 * programs <= 32 * processors:
+            found.append(setting)
+    return found
+
+
+def key_of(layout: Layout, rows: int) -> str:
+    """What a tuned setting holds for: sizes count by the next power of two."""
+    shape = "x".join(str(1 << (size - 1).bit_length()) for size in layout[:2])
+    group = f"g{layout.group}" if layout.group else "row"
+    return f"int{layout.bits}-{group}-c{layout.chunk}-z{layout.zero} {shape} b{batch_of(rows)}"
+
+
+def file_of(device: str) -> Path:
+    """Where the settings of a device lie: in the user's cache folder."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "aptq" / "kernels" / f"{device.replace(' ', '-').replace('/', '-')}.json"
+
+
+@cache
+def settings(file: Path) -> dict[str, Setting]:
+    """What the file holds; nothing, with a warning, where it is not what `save` writes."""
+    if not file.exists():
+        return {}
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        if data["version"] != VERSION:
+            return {}
+        return {str(key): _setting(values) for key, values in data["settings"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        warnings.warn(
+            f"tuned kernels were not used\n{file}: {error}\nremove the file and tune again",
+            stacklevel=2,
+        )
+        return {}
+
+
+def _setting(values: Sequence[int]) -> Setting:
+    """Checked: a setting from elsewhere may not reach the compiler."""
+    setting = Setting(*values)
+    powers = all(type(n) is int and n > 0 for n in setting)
+    if not powers or setting.warps not in WARPS.get(setting.rows, ()) or setting.stages > 8:
+        raise ValueError(f"no setting: {values!r}")
+    return setting
+
+
+def save(file: Path, found: dict[str, Setting]) -> None:
+    """Add to the file, in one step."""
+    settings.cache_clear()
+    merged = settings(file) | found
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps({"version": VERSION, "settings": merged}, indent=1), "utf-8")
+    partial.replace(file)
+    settings.cache_clear()
+    chosen.cache_clear()
+
+
+def random_buffers(
+    layout: Layout, device: torch.device, scale: torch.dtype = torch.float16
+) -> Buffers:
+    """Random codes and scales for timing; no product of them is infinite."""
+    size, groups = layout.units(0) + layout.units(1), 1
+    if layout.group:
+        groups = -(-layout.columns // layout.group)
+    codes = torch.randint(-(1 << 15), 1 << 15, (size,), dtype=torch.int16, device=device)
+    factors = torch.rand(groups, layout.padded, device=device) * 0.02 + 0.001
+    levels = torch.randint(0, 1 << layout.bits, factors.shape, device=device)
+    zero = None if not layout.zero else levels.to(torch.uint8 if layout.zero == 1 else scale)
+    return Buffers(codes, factors.to(scale), zero)
+
+
+def seconds(calls: Sequence[Callable[[], object]], repeats: int = 7) -> float:
+    """Median seconds of one call, on the GPU: one graph of all calls, at least 32, replayed."""
+    calls = [*calls] * -(-32 // len(calls))
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls[:2]:
+            call()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    times = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3 / len(calls))
+    return statistics.median(times)
+
+
+def tune(
+    layout: Layout, rows: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Setting, float]:
+    """Time all candidates on `device` and keep the fastest; (setting, seconds of one product)."""
+    from aptq.kernels.triton.launch import run
+
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    copies = max(2, min(64, -(-ROTATED // layout.nbytes)))
+    held = [random_buffers(layout, device) for _ in range(copies)]
+    x = torch.randn(rows, layout.columns, dtype=dtype, device=device)
+    timed = {}
+    for setting in {*candidates(layout, rows, processors), default(layout, rows, processors)}:
+        calls = [lambda b=b, s=setting: run(x, *b, None, layout, s) for b in held]
+        timed[setting] = seconds(calls)
+    best = min(timed, key=lambda setting: timed[setting])
+    save(file_of(torch.cuda.get_device_name(device)), {key_of(layout, rows): best})
+    return best, timed[best]

@@ -1,0 +1,101 @@
+"""Decoding with a cache of fixed size: one step is one CUDA graph, launched as a whole.
+
+A step of a small batch is hundreds of launches that each take less time than Python needs for
+them; a graph has them all ready.
+"""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, StaticCache
+from transformers.cache_utils import StaticLayer
+
+from aptq.model.normalise import Experts
+
+LEAST = 8  # tokens to write: capturing costs about as much as a few steps without a graph
+WIDEST = 64  # windows at once: wider steps keep a GPU busy, and their caches should grow instead
+
+
+class Static:
+    """Logits of the next token [batch, rows] after ids [batch, n]: first a prompt, then tokens.
+
+    The first token after the prompt runs as it is, which also prepares kernels; from the second on
+    a CUDA device replays the graph of a step.  What is returned is overwritten by the next call.
+    """
+
+    def __init__(self, model: PreTrainedModel, batch: int, length: int) -> None:
+        on = {"device": model.device, "dtype": torch.int64}
+        self.model, self.length, self.seen = model, length, 0
+        self.cache = StaticCache(config=model.config, max_cache_len=length)
+        self.token, self.position = torch.zeros(batch, 1, **on), torch.zeros(1, 1, **on)
+        self.places = torch.arange(length, **on)
+        self.least = torch.finfo(model.dtype).min
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.logits = torch.empty(0)
+        self.captures = model.device.type == "cuda"
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """ids int64 [batch, n] on the model's device."""
+        self.seen += ids.shape[1]
+        assert self.seen <= self.length, f"{self.seen} tokens, room for {self.length}"
+        if self.seen == ids.shape[1]:
+            self.position.fill_(ids.shape[1])
+            out = self.model(
+                input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1
+            )
+            return out.logits[:, -1]
+        warm = self.logits.numel() > 0
+        self.token.copy_(ids)
+        if self.graph is None and self.captures and warm:
+            self._capture()
+        if self.graph is None:
+            self.logits = self._step()
+        else:
+            self.graph.replay()
+        return self.logits
+
+    def _step(self) -> Tensor:
+        """One token further; all that changes lies in tensors that stay where they are."""
+        # made here, not by transformers, whose ways to leave masks out look at values
+        hidden = (self.places > self.position).to(self.model.dtype) * self.least
+        out = self.model(
+            input_ids=self.token,
+            position_ids=self.position.expand_as(self.token),
+            attention_mask=hidden.expand(len(self.token), 1, 1, -1),
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.position.add_(1)
+        return out.logits[:, -1]
+
+    def _capture(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.device(self.model.device), torch.cuda.graph(graph):
+                self.logits = self._step()
+            self.graph = graph
+        except RuntimeError:  # a module that looks at values on the host: steps run one by one
+            self.captures = False
+            torch.cuda.synchronize(self.model.device)
+
+
+def applies(model: PreTrainedModel, batch: int, count: int) -> bool:
+    """Is a step of this model a graph that pays?"""
+    return (
+        model.device.type == "cuda"
+        and batch <= WIDEST
+        and count >= LEAST
+        and holds(model)
+        and len({parameter.device for parameter in model.parameters()}) == 1
+    )
+
+
+def holds(model: PreTrainedModel) -> bool:
+    """Can Static run the model: masks as numbers, plain caches, nothing routed on the host?"""
+    layers = StaticCache(config=model.config, max_cache_len=1).layers
+    return (
+        model._can_compile_fullgraph
+        and model.config._attn_implementation in ("sdpa", "eager")
+        and all(type(layer) is StaticLayer for layer in layers)
+        and not any(isinstance(module, Experts) for module in model.modules())
+    )

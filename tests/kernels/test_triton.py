@@ -1,0 +1,371 @@
+"""GPU kernels: equal to the decoded weight, interpreted on the CPU or compiled on a GPU.
+
+Outputs are poisoned: with deterministic algorithms torch fills what is not initialised with NaN.
+"""
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from aptq.core.parts import Quantized
+from aptq.kernels.dispatch import prepare
+from aptq.kernels.reference import Reference, Tiled
+from aptq.kernels.triton import tuning
+from aptq.kernels.triton.layer import GROWTH, ROWS, Fused, held
+from aptq.kernels.triton.layout import PLANES, Layout, layout_of, repack
+from aptq.kernels.triton.tuning import Setting
+from tests.kernels.samples import randn, sample
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined
+os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # or cuBLAS refuses deterministic algorithms
+pytest.importorskip("triton")
+DEVICES = [
+    pytest.param(
+        "cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled")
+    ),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
+ROUNDING = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
+BATCHES = (1, 3, 8, 33, 64)
+SUFFIXES = ("", "-z", "-fz", "-bf16", "-fz-bf16")
+GROUPS = ("g32", "g64", "g128", "row", "g96")
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # nobody's tuned settings
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _interpreter() -> None:
+    """Triton 3.6 takes int() of arrays of one element, which numpy 2.4 no longer knows."""
+    inner = importlib.import_module("triton.runtime.interpreter")
+    original = inner._patch_lang_tensor
+
+    def patched(tensor: object, scope: object) -> None:
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(np.ravel(self.handle.data)[0]))  # type: ignore[attr-defined]
+
+    inner._patch_lang_tensor = patched
+
+
+def made(text: str, out: int, columns: int, device: str) -> tuple[Quantized, Fused]:
+    """A random part, and its kernel on the device."""
+    part = sample(text, out, columns)
+    assert isinstance(part, Quantized)
+    return part, Fused(part).to(device)
+
+
+def off(y: Tensor, x: Tensor, part: Quantized, bias: Tensor | None = None) -> float:
+    """Relative distance to the exact product; NaN where an output was not written."""
+    exact = x.double().cpu() @ part.dense().double().T
+    exact = exact if bias is None else exact + bias.double().cpu()
+    return float((y.double().cpu() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("bits", PLANES)
+def test_products(bits: int, group: str, suffix: str, device: str) -> None:
+    number = bits + 3 * GROUPS.index(group) + SUFFIXES.index(suffix)
+    if number % 2:  # interpreting and compiling take a second or two each
+        pytest.skip("every second combination, one dtype of two")
+    few, dtype = device == "cpu", list(ROUNDING)[number // 4 % 2]
+    out, columns = (35, 160) if few else (1000, 1120)
+    part, kernel = made(f"int{bits}-{group}{suffix}", out, columns, device)
+    for batch in [BATCHES[number // 2 % 5]] if few else BATCHES:
+        x = randn(batch, columns, seed=1).to(device, dtype)
+        assert off(kernel(x), x, part) < ROUNDING[dtype], (batch, dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("chunk", [16, 32, 64])
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_every_chunk_and_tile(bits: int, chunk: int, device: str) -> None:
+    from aptq.kernels.triton import launch
+
+    part, _ = made(f"int{bits}-g128-z", 40, 640, device)
+    layout = Layout(40, 640, bits, 128, chunk, 1)
+    buffers = [t.to(device) for t in repack(part, layout) if t is not None]
+    x, bias = randn(5, 640).half().to(device), randn(40, seed=1).half().to(device)
+    found = []
+    tiles = ((16, 1, 1), (32, 2, 4), (64, 4, 1), (128, 8, 2))
+    for rows, warps, splits in tiles if device == "cuda" else tiles[1:3]:
+        setting = Setting(rows, 8, warps, 3, splits)
+        if setting.fits(layout):
+            y = launch.run(x, *buffers, bias, layout, setting)
+            assert torch.equal(y, launch.run(x, *buffers, bias, layout, setting))
+            assert off(y, x, part, bias) < 1e-3, setting
+            found.append(setting)
+    assert found
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("text", ["int3-g32-z", "int4-row", "int5-g64", "int8-g128-fz"])
+def test_decoded_weights_are_those_of_the_part(text: str, device: str) -> None:
+    from aptq.kernels.triton import launch
+
+    part, kernel = made(text, 70, 160, device)
+    like = torch.empty(0, device=device, dtype=torch.float16)
+    storage = (kernel.codes, kernel.scale, kernel.zero, kernel.layout)
+    assert torch.equal(launch.expand(like, *storage, 3, 69).cpu(), part.dense(like.dtype)[3:69])
+    x = randn(ROWS, 160).half().to(device)
+    bias = randn(70, seed=1).half().to(device)
+    assert off(kernel(x, bias), x, part, bias) < 1e-3
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_edges(device: str) -> None:
+    part, kernel = made("int4-g32-z", 50, 96, device)
+    assert kernel(torch.empty(0, 96, dtype=torch.float16, device=device)).shape == (0, 50)
+    x = randn(2, 96).half().to(device).requires_grad_()
+    kernel(x).float().sum().backward()
+    assert x.grad is not None
+    assert torch.allclose(x.grad[0].cpu().float(), part.dense().sum(0), atol=1e-2)
+    with pytest.raises(ValueError, match=r"(?s)prepared for another dtype.*float32.*load the"):
+        kernel(randn(1, 96).to(device))
+    before = {name: tensor.clone() for name, tensor in kernel.named_buffers()}
+    for name, tensor in kernel.bfloat16().named_buffers():
+        assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_operators_tell_their_shapes(device: str) -> None:
+    from aptq.kernels.triton import launch
+
+    _, kernel = made("int4-g32-z", 50, 96, device)
+    storage = (kernel.codes, kernel.scale, kernel.zero)
+    x = randn(2, 96).half().to(device)
+    checks = ("test_schema", "test_faketensor")
+    arguments = (x, *storage, None, list(kernel.layout))
+    torch.library.opcheck(launch.multiply, arguments, test_utils=checks)
+    arguments = (x, *storage, list(kernel.layout), 1, 9)
+    torch.library.opcheck(launch.expand, arguments, test_utils=checks)
+    with torch.inference_mode():
+        whole = torch.compile(kernel, fullgraph=True, backend="aot_eager")
+        assert torch.equal(whole(x), kernel(x))
+
+
+def test_layouts_hold_what_they_say() -> None:
+    for text in ("int2-g128", "int3-g64-z", "int4-g32-fz", "int5-row", "int6-g96-z", "int8-g128"):
+        part = sample(text, 49, 1536)
+        assert isinstance(part, Quantized)
+        layout = layout_of(part.grid, part.shape)
+        buffers = [t for t in repack(part, layout) if t is not None]
+        assert sum(t.nbytes for t in buffers) == layout.nbytes
+        assert layout.units(0) % 8 == 0  # the lower plane starts at 16 bytes
+        big = layout_of(part.grid, (4096, 4096))
+        assert big.nbytes <= 1.03 * part.grid.nbytes((4096, 4096)), text
+        assert big.block <= 512
+        for batch in (1, 8, 16, 33, 64, 200):
+            assert tuning.default(big, batch, 132).fits(big), (text, batch)
+
+
+@pytest.mark.parametrize(
+    ("text", "shape", "fits"),
+    [
+        ("int4-g128", (256, 512), True),
+        ("int3-g64-z", (192, 576), True),
+        ("int4-row-fz", (64, 128), True),
+        ("int4-row-fz", (64, 96), False),  # a third more columns would be stored
+        ("int7-g128", (256, 512), False),  # 4 + 3 bits: no unit of 16 holds 3-bit fields
+        ("int4-g48", (256, 480), False),
+        ("int4-g16", (256, 512), False),
+        ("int4-g64", (256, 520), False),
+        ("int4-g32", (3, 64), False),  # 16 rows would be stored
+        ("iq4_nl", (256, 512), False),
+        ("q4_k", (256, 512), False),
+    ],
+)
+def test_which_parts_are_held(text: str, shape: tuple[int, int], fits: bool) -> None:
+    part = sample(text, *shape)
+    assert isinstance(part, Quantized)
+    layout = held(part)
+    assert (layout is not None) == fits
+    assert layout is None or layout.nbytes <= GROWTH * part.nbytes
+    assert not Fused.supports(part, torch.device("cpu"), torch.bfloat16)
+
+
+def number(bits: int, dtype: torch.dtype) -> float:
+    """The value of 16 bits."""
+    return float(torch.tensor(np.uint16(bits).astype(np.int16)).view(dtype))
+
+
+def executed(asm: str, unit: int, less: int, dtype: torch.dtype) -> float:
+    """What the instructions of `asm` make of one unit (both halves hold it); their last result."""
+    pair, held = unit * 0x10001, {"$1": unit * 0x10001, "$2": less * 0x10001}
+    for line in re.findall(r"([a-z][a-z0-9.]+ [^;]+);", asm.split(";", 1)[1]):
+        name, _, rest = line.partition(" ")
+        target, *given = [word.strip() for word in rest.split(",")]
+        values = [held[word] if word in held else int(word, 0) for word in given]
+        if name == "mov.b32":
+            held[target] = values[0]
+            if target == "$0":
+                assert values[0] & 0xFFFF == values[0] >> 16
+                return number(values[0] & 0xFFFF, dtype)
+        elif name in ("shl.b32", "shr.b32"):
+            pair = values[0] << values[1] if name == "shl.b32" else values[0] >> values[1]
+            held[target] = pair & 0xFFFFFFFF
+        elif name == "lop3.b32":
+            assert values[3] == 0xEA
+            held[target] = values[0] & values[1] | values[2]
+        else:
+            a, *others = [[number(v >> s & 0xFFFF, dtype) for s in (0, 16)] for v in values]
+            assert a[0] == a[1], "both halves hold one unit"
+            assert name in ("fma.rn.bf16x2", "add.f16x2")
+            return a[0] * others[0][0] + others[1][0] if len(others) == 2 else a[0] + others[0][0]
+    raise AssertionError(asm)
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize(("bits", "up"), [(1, 0), (2, 0), (2, 1), (4, 0), (4, 1), (4, 2), (4, 4)])
+def test_the_ptx_decodes_every_field(bits: int, up: int, bf16: bool) -> None:
+    from aptq.kernels.triton import code
+
+    dtype = torch.bfloat16 if bf16 else torch.float16
+    magic, _ = getattr(code._pattern, "fn", code._pattern)(bits, up, bf16)
+    plain = getattr(code._asm, "fn", code._asm)
+    step = 2.0 ** (bits + up)
+    assert number(magic, dtype) == step
+    exact = getattr(code._bits_of, "fn", code._bits_of)
+    assert number(exact(131, bf16), dtype) == 131
+    half = exact(int(1.5 * step), bf16)
+    for unit in (0x0000, 0xFFFF, 0x1B2D, 0xE4D2, 0x9A5C):
+        for field in range(16 // bits):
+            value = (unit >> field * bits & (1 << bits) - 1) * 2**up
+            fixed = plain(field, bits, up, bf16, half + 0x8000)
+            assert executed(fixed, unit, 0, dtype) == value - step / 2
+            free = plain(field, bits, up, bf16, 0)
+            assert executed(free, unit, magic + 0x8000, dtype) == value
+            assert executed(plain(field, bits, up, bf16, -1), unit, 0, dtype) == value + step
+
+
+COMPILE = """
+import sys, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from aptq.kernels.triton import code
+from aptq.kernels.triton.layout import PLANES
+for text in sys.argv[1:]:
+    bits, zero, batch, warps = map(int, text.split(","))
+    kinds = dict(x="*bf16", codes="*i16", scale="*fp16", zero=("*fp16", "*u8", "*fp16")[zero])
+    kinds |= dict(bias="*bf16", y="*bf16") | dict.fromkeys(
+        ("lower", "rows", "out", "columns", "padded", "per"), "i32")
+    fixed = dict(HIGH=PLANES[bits][0], LOW=PLANES[bits][1], CHUNK=32, GROUP=128, ZERO=zero,
+                 BIAS=True, EVEN=zero == 0, BN=64, BB=batch, ASM=True)
+    whole = [[["tt.divisibility", 16]], (0, 1, 2, 3, 4, 5, 6, 8, 9, 10)]
+    source = ASTSource(code.multiply, kinds | dict.fromkeys(fixed, "constexpr"),
+        {(12 + i,): value for i, value in enumerate(fixed.values())},
+        {(i,): whole[0] for i in whole[1]})
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32),
+                          options=dict(num_warps=warps, num_stages=3))
+    ptx = made.asm["ptx"]
+    print(text, ptx.count("wgmma.mma"), ptx.count("mma.sync"), ptx.count("cp.async.cg"))
+"""
+
+
+def compiled(wanted: list[str]) -> list[list[str]]:
+    """Words about kernels that were compiled for an H100, in a process of its own."""
+    path = os.pathsep.join(p for p in sys.path if p)
+    env = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": path}
+    call = [sys.executable, "-c", COMPILE, *wanted]
+    done = subprocess.run(call, capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [line.split() for line in done.stdout.splitlines()]
+
+
+def test_kernels_compile_for_hopper_s_matrix_units() -> None:
+    few, many = compiled(["4,1,8,2", "4,0,64,4"])
+    assert int(few[2]) > 0
+    assert int(few[3]) > 0, "weights are not copied asynchronously"
+    assert int(many[1]) > 0
+
+
+@pytest.mark.slow
+def test_all_kernels_compile() -> None:
+    wanted = [f"{b},{z},{n},4" for b in PLANES for z in (0, 1, 2) for n in (8, 64)]
+    assert len(compiled(wanted)) == len(wanted)
+
+
+def test_settings_are_kept(tmp_path: Path) -> None:
+    layout = Layout(28672, 4096, 4, 128, 64, 0)
+    file, setting = tmp_path / "a" / "GPU.json", Setting(64, 8, 2, 4, 1)
+    assert tuning.settings(file) == {}
+    tuning.save(file, {tuning.key_of(layout, 1): setting})
+    tuning.save(file, {"other": Setting(16, 8, 1, 3, 2)})
+    assert tuning.settings(file)[tuning.key_of(layout, 5)] == setting
+    assert len(json.loads(file.read_text())["settings"]) == 2
+    assert [path.name for path in file.parent.iterdir()] == ["GPU.json"]
+    assert tuning.key_of(layout, 5) != tuning.key_of(layout, 9)
+    assert tuning.key_of(layout, 5) != tuning.key_of(layout._replace(zero=1), 5)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"version": 1}',
+        '{"version": 1, "settings": {"a": [64, 8, 3, 4, 1]}}',
+        '{"version": 1, "settings": {"a": [64, 8, 2, 4]}}',
+        '{"version": 1, "settings": {"a": [64, 8, 2, -4, 1]}}',
+        '{"version": 1, "settings": {"a": ["64", 8, 2, 4, 1]}}',
+    ],
+)
+def test_a_damaged_file_of_settings_is_not_used(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "GPU.json"
+    file.write_text(text)
+    with pytest.warns(UserWarning, match="(?s)tuned kernels were not used.*remove the file"):
+        assert tuning.settings(file) == {}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("text", ["int4-g128", "int3-g64-z", "int8-row", "int2-g32-fz"])
+def test_dispatch_and_graphs(text: str) -> None:
+    part = sample(text, 768, 1024)
+    moved = type(part).load(
+        {name: tensor.cuda() for name, tensor in part.tensors().items()}, part.meta(), part.shape
+    )
+    kernel = prepare(moved, torch.bfloat16)
+    assert type(kernel) is Fused
+    assert type(prepare(moved, torch.float32)) is Tiled
+    assert type(prepare(moved, torch.bfloat16, "reference")) is Reference
+    x = randn(3, 1024).bfloat16().cuda()
+    wanted = kernel(x)
+    assert off(wanted, x, part) < ROUNDING[torch.bfloat16]
+    graph, other = torch.cuda.CUDAGraph(), randn(3, 1024, seed=5).bfloat16().cuda()
+    with torch.cuda.graph(graph):
+        y = kernel(x)
+    second = kernel(other)
+    x.copy_(other)
+    graph.replay()
+    assert torch.equal(y, second)
+    compiled_kernel = torch.compile(kernel, fullgraph=True)
+    assert torch.equal(compiled_kernel(other), second)
+
+
+@pytest.mark.gpu
+def test_tuning_keeps_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    every = tuning.candidates
+    monkeypatch.setattr(tuning, "candidates", lambda *how: every(*how)[:3])
+    layout = layout_of(sample("int4-g128", 16, 1024).grid, (2048, 1024))  # type: ignore[attr-defined]
+    device = torch.device("cuda", torch.cuda.current_device())
+    best, took = tuning.tune(layout, 1, torch.bfloat16, device)
+    assert 0 < took < 1e-3
+    assert tuning.chosen(layout, 1, device) == best
