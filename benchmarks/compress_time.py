@@ -1,6 +1,7 @@
 """Compress time against llm-compressor: same model, tokens, grid; alternating processes.
 
 usage: python compress_time.py MODEL --peer-python VENV/bin/python --pairs 3 [--profile]
+       python compress_time.py MODEL --linear 3    ours alone: 6, 12, 24 blocks; 8, 16, 32 windows
 A call of ours reads, compresses and writes; theirs is `oneshot` (reads, compresses), saving timed
 apart.  The load average before each run shows whether the machine was idle.
 """
@@ -40,6 +41,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--profile", action="store_true", help="one more run of ours, under a profiler"
     )
+    parser.add_argument(
+        "--linear", type=int, default=0, metavar="TURNS", help="cost by blocks and by tokens"
+    )
     parser.add_argument("--label", default="")
     parser.add_argument("--name", help="result file; default compress_time-DEVICE")
     parser.add_argument("--results", type=Path, default=common.RESULTS)
@@ -62,6 +66,73 @@ def run_ours(options: argparse.Namespace, folder: Path, *extra: str) -> dict[str
     for change in options.changes:
         words += ["--set", change]
     return timed(words + shared_words(options))
+
+
+def shortened(model: Path, blocks: int, folder: Path) -> Path:
+    """A copy of `model` with its first blocks only."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    short = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    if blocks >= len(short.model.layers):
+        raise SystemExit(f"{model} has {len(short.model.layers)} blocks, {blocks} are asked for")
+    short.model.layers = short.model.layers[:blocks]
+    short.config.num_hidden_layers = blocks
+    if short.config.to_dict().get("layer_types"):
+        short.config.layer_types = short.config.layer_types[:blocks]
+    short.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    return folder
+
+
+def measure_linear(options: argparse.Namespace, results: common.Results) -> None:
+    """Seconds of a call by blocks (at all windows) and by windows (at 24 blocks), in turns.
+
+    One row: medians of every point, and of each line its slope, intercept and greatest deviation.
+    """
+    row: common.Row = {"label": f"linear {options.recipe} {options.grid}", "seed": options.seed}
+    row["model_sha256"] = common.sha256_model(options.model)
+    if results.find(row):
+        print(f"{row['label']}: already in {results.path.name}")
+        return
+    most = options.samples
+    points = [(6, most), (12, most), (24, most), (24, most // 4), (24, most // 2)]
+    found: dict[tuple[int, int], list[dict[str, Any]]] = {point: [] for point in points}
+    with tempfile.TemporaryDirectory(dir=".") as scratch:
+        folder = Path(scratch)
+        models = {n: shortened(options.model, n, folder / str(n)) for n in (6, 12, 24)}
+        for turn in range(options.linear):
+            for blocks, samples in points[:: 1 if turn % 2 == 0 else -1]:
+                some = argparse.Namespace(**vars(options))
+                some.model, some.samples = models[blocks], samples
+                with tempfile.TemporaryDirectory(dir=".") as out:
+                    report = run_ours(some, Path(out))
+                found[blocks, samples].append(report)
+                print(f"{blocks} blocks, {samples} windows: {report['seconds']} s", flush=True)
+    row["points"] = [
+        {
+            "blocks": blocks,
+            "tokens": samples * options.length,
+            "seconds": [report["seconds"] for report in reports],
+            "cpu_seconds": [report["cpu_seconds"] for report in reports],
+            "peak_bytes": max(report["peak_bytes"] for report in reports),
+        }
+        for (blocks, samples), reports in found.items()
+    ]
+    row["by_blocks"] = line([p for p in row["points"] if p["tokens"] == most * options.length], 0)
+    row["by_tokens"] = line([p for p in row["points"] if p["blocks"] == 24], 1)
+    results.append(row)
+    print({key: row[key] for key in ("by_blocks", "by_tokens")})
+
+
+def line(points: list[dict[str, Any]], which: int) -> dict[str, float]:
+    """Least squares of the median processor seconds over blocks (0) or tokens (1)."""
+    import numpy as np
+
+    x = np.array([point[("blocks", "tokens")[which]] for point in points], dtype=float)
+    y = np.array([statistics.median(point["cpu_seconds"]) for point in points])
+    slope, start = np.polyfit(x, y, 1)
+    worst = np.abs(start + slope * x - y).max() / y.max()
+    return {"slope": float(slope), "intercept": float(start), "deviation": float(worst)}
 
 
 def run_theirs(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -128,6 +199,9 @@ def main() -> None:
     results = common.Results.open(
         name, device=options.device, protocol=PROTOCOL, folder=options.results
     )
+    if options.linear:
+        measure_linear(options, results)
+        return
     recipe = ours.recipe_of(options)
     row: common.Row = {
         "model_sha256": common.sha256_model(options.model)

@@ -12,11 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from aptq.core.plan import Plan, Target
 from aptq.failures import Corrupt
 from aptq.kernels.cpu import Int4, Int8
-from aptq.kernels.dispatch import prepare
+from aptq.kernels.cpu_lanes import Lanes
 from aptq.kernels.reference import Reference, Tiled
 from aptq.methods.quantize.rtn import RTN
-from aptq.model.model import Model, build_skeleton
+from aptq.model.model import Model
 from aptq.model.outer import SCALED, embedding_scale
+from aptq.model.skeleton import build_skeleton
 from aptq.runtime.embedding import PackedEmbedding, TiedHead, kernel_rows
 from aptq.runtime.linear import PackedLinear
 from aptq.runtime.load import dense, load
@@ -53,8 +54,7 @@ def test_rows_are_those_of_the_dense_weight(grid: str, rows: int) -> None:
 @pytest.mark.parametrize("grid", ["int4-g32-z", "int4-g64-fz", "int4-row", "int8-g32", "int8-row"])
 def test_kernels_that_rearrange_storage_give_their_rows_back(grid: str, out: int) -> None:
     part = sample(grid, out, 128)
-    kernel = prepare(part, torch.bfloat16)
-    assert isinstance(kernel, Int4 if "int4" in grid else Int8)
+    kernel = (Int4 if "int4" in grid else Int8).prepare(part, torch.bfloat16)
     found = kernel_rows(kernel, torch.arange(out))
     generator = torch.Generator().manual_seed(out)
     ids = torch.randint(out, (99,), generator=generator)
@@ -153,7 +153,7 @@ def test_the_fast_kernel_of_a_tied_head_serves_the_embedding_too(tmp_path: Path)
     run = compressed(wide_tied(tmp_path / "source"), tmp_path / "out", [RTN()], "int4-g32-z")
     model = load(run.folder)
     embedding = model.get_input_embeddings()
-    assert isinstance(embedding.parts[0], Int4)
+    assert isinstance(embedding.parts[0], Lanes)
     assert embedding.parts is model.lm_head.parts
     assert sum(t.nbytes for t in embedding.buffers()) <= 1.12 * run.outer.records[0]["after"]
     ids = torch.arange(272)

@@ -8,10 +8,12 @@ from torch import Tensor
 from aptq.core.parts import Part
 from aptq.kernels.addends import Factors, Gathered
 from aptq.kernels.cpu import Int4, Int8
+from aptq.kernels.cpu_lanes import Lanes
 from aptq.kernels.reference import Kernel, Reference, Tiled
+from aptq.kernels.triton.layer import Fused
 
 Choice = Literal["auto", "reference"]
-KERNELS: tuple[type[Kernel], ...] = (Int4, Int8, Factors, Gathered, Tiled, Reference)
+KERNELS: tuple[type[Kernel], ...] = (Lanes, Int4, Int8, Factors, Gathered, Fused, Tiled, Reference)
 
 
 def prepare(part: Part, dtype: torch.dtype, choice: Choice = "auto") -> Kernel:

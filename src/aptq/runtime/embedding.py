@@ -9,6 +9,7 @@ from aptq.core.bits import unpack
 from aptq.core.parts import Dense, Part, Quantized
 from aptq.core.rounding import Scales, decode
 from aptq.kernels.cpu import Int4, Int8, layout
+from aptq.kernels.cpu_lanes import Lanes
 from aptq.kernels.reference import CACHE_TILE, DEVICE_TILE, Reference
 from aptq.runtime.linear import Packed, PackedLinear
 
@@ -65,6 +66,8 @@ def kernel_rows(kernel: nn.Module, rows: Tensor) -> Tensor:
 
     Int4 has rounded its scales to bfloat16, here as in its products.
     """
+    if isinstance(kernel, Lanes):
+        return kernel.rows(rows)
     if isinstance(kernel, Int4):
         return _int4_rows(kernel, rows)
     if isinstance(kernel, Int8):

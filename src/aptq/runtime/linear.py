@@ -43,6 +43,7 @@ class PackedLinear(Packed):
     """y = sum of x @ part.T over the parts, + bias.  x [..., in] -> [..., out]."""
 
     bias: nn.Parameter | None
+    adapted = False  # is the last part an adapter for a task?
 
     def __init__(self, parts: Sequence[Part], bias: Tensor | None = None) -> None:
         super().__init__(parts)
@@ -57,11 +58,11 @@ class PackedLinear(Packed):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out] in the dtype of x."""
-        rows = x.reshape(-1, self.in_features).contiguous()
-        first, *others = self.parts
-        y: Tensor = first(rows, self.bias)
-        for kernel in others:
-            y = y + kernel(rows)
+        rows, y = x.reshape(-1, self.in_features).contiguous(), None
+        for kernel in self.parts:
+            # not through __call__: its microsecond counts where a token takes hundreds of products
+            y = kernel.forward(rows, self.bias) if y is None else y + kernel.forward(rows)
+        assert y is not None
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
