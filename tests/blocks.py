@@ -17,7 +17,7 @@ from aptq.model.trace import trace
 from aptq.model.watch import AttentionTrace, watched
 from tests.tiny import TINY, tiny_network, tiny_tokens
 
-from aptq.model.model import build_skeleton  # isort: skip
+from aptq.model.skeleton import build_skeleton  # isort: skip
 
 
 @dataclass

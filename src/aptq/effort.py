@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 
 from aptq.core.plan import Plan
+from aptq.core.stack import ROW_BYTES
 from aptq.engine.stage import Stage
-from aptq.engine.stream import batch_windows
+from aptq.engine.stream import batch_windows, stack_bytes
 from aptq.model.model import Model
 from aptq.planning import (
     candidates,
@@ -26,6 +27,9 @@ from aptq.recipe import Recipe
 
 PROGRAM = 300 << 20  # bytes of anonymous memory after the imports, tokenizer included (measured)
 FACTOR = 32  # bytes for each element of a Hessian while it is factorised: its mean, float64 copies
+# the same on a GPU, by what the code holds: float32 copies; where it makes up for drift four in
+# float64 beside mean and factor; and what is left of them while columns are rounded
+DEVICE_FACTOR, CORRECTION, LEFT = 22, 44, 12
 SWEEP = 16  # bytes a weight while a layer is rounded: residual, errors, result, codes
 BLOCK = 6  # bytes a weight of the loaded block: float32 to work on, 16 bits to run
 
@@ -41,9 +45,10 @@ class Rates:
 
 
 # Fitted to benchmarks/results: compress_time-cpu and memory-cpu (one core of two with
-# AVX512_BF16), quality-cuda (H200, whose sweeps wait for their launches)
+# AVX512_BF16); the GPU's are counted for an H200: products of 16 and of 32 bits, and a launch and a
+# small product for every 64 columns
 CPU_CORE = Rates(forward=120e9, solve=15e9, column=0.0, stream=0.5e9)
-GPU = Rates(forward=250e12, solve=5e12, column=110e-6, stream=1e9)
+GPU = Rates(forward=400e12, solve=25e12, column=1e-6, stream=1e9)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +70,9 @@ def effort(model: Model, recipe: Recipe, plan: Plan, nbytes: int, device: torch.
     some = measuring_data(recipe.data).needed if backward else 0
     width: int = model.config.get_text_config().hidden_size
     states = kept_tokens(recipe) * width * model.dtype.itemsize if calibrated else 0
-    parts = _memory(model, recipe, plan, device)
+    parts = _memory(model, recipe, plan, device, measured)
+    if device.type == "cuda" and any(stage.original for stage in recipe.stages):
+        states += tokens * width * model.dtype.itemsize  # what the next block of the original gets
     parts["hidden states"] = states
     tape = measuring_bytes(model, recipe, measured) if backward else 0
     return Effort(
@@ -76,11 +83,14 @@ def effort(model: Model, recipe: Recipe, plan: Plan, nbytes: int, device: torch.
     )
 
 
-def _memory(model: Model, recipe: Recipe, plan: Plan, device: torch.device) -> dict[str, int]:
+def _memory(
+    model: Model, recipe: Recipe, plan: Plan, device: torch.device, measured: bool
+) -> dict[str, int]:
     """Bytes by what they are for, at the block that takes most."""
+    gpu = device.type == "cuda"
     blocks = [_block(model, recipe, plan, index) for index in range(model.blocks)]
     largest = max(blocks, key=lambda block: sum(block.values()))
-    parts = {**({} if device.type == "cuda" else {"program": PROGRAM}), **largest}
+    parts = {**({} if gpu else {"program": PROGRAM}), **largest}
     config = model.config.get_text_config()
     length = recipe.data.length
     rows = min(batch_windows(length, device) * length, recipe.data.needed)
@@ -89,9 +99,38 @@ def _memory(model: Model, recipe: Recipe, plan: Plan, device: torch.device) -> d
     parts["activations of a batch"] *= model.dtype.itemsize
     parts["tuning"] = round(max(stage.tuning * _tuned(model, stage) for stage in recipe.stages))
     outer = sum(math.prod(shape) for shape in model.outer_shapes.values())
-    if device.type == "cuda":  # on a CPU they are mapped from the source
+    if gpu:  # on a CPU they are mapped from the source
         parts["embedding and head"] = outer * model.dtype.itemsize
+        _on_gpu(parts, model, recipe, rows * model.dtype.itemsize, device, measured)
     return parts
+
+
+def _on_gpu(
+    parts: dict[str, int],
+    model: Model,
+    recipe: Recipe,
+    row: int,
+    device: torch.device,
+    measured: bool,
+) -> None:
+    """Correct the parts for what a GPU does otherwise; row: bytes of a batch for each column."""
+    numel = max(math.prod(shape) for shape in model.shapes.values())
+    wide = max(shape[1] for shape in model.shapes.values())
+    drifts = any(stage.original for stage in recipe.stages)
+    most = max(1, stack_bytes(device) // (ROW_BYTES * numel))  # candidates swept together
+    if parts["factorisation"]:
+        most_factor, left = (CORRECTION, LEFT + 4) if drifts else (DEVICE_FACTOR, LEFT)
+        tries = len(candidates(recipe)) if measured else 1
+        parts["rounding"] = ROW_BYTES * numel * min(tries, most)
+        alone = parts["rounding"] < (most_factor - left) * wide**2
+        parts["factorisation"] = (most_factor if alone else left) * wide**2
+        parts["rounding"] *= not alone  # the larger of the two, which follow one another
+        # inputs are copied for the sums; those of the original wait for the block's own
+        parts["activations of a batch"] += row * wide * (2 if drifts else 1)
+    first, second = ("factorisation", "rounding"), ("activations of a batch",)
+    held = [sum(parts[name] for name in names) for names in (first, second)]
+    for name in second if held[0] > held[1] else first:
+        parts[name] = 0  # the others are there at another time, and larger
 
 
 def _tuned(model: Model, stage: Stage) -> int:
@@ -153,7 +192,7 @@ def _seconds(
             # three or four layers share a Hessian: counting one in three
             sums += (tokens + measuring) * columns**2 // 3
             solves += stages * (columns**3 // 3 + tries * out * columns**2)
-            columns_swept += stages * tries * columns
+            columns_swept += stages * columns * (1 + bool(measuring))
     seconds = (passes + 2 * sums) / rates.forward + solves / rates.solve
     seconds += columns_swept * rates.column
     read = weights * model.dtype.itemsize * (3 if measuring else 1)

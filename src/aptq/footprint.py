@@ -19,8 +19,9 @@ from torch.utils._pytree import tree_iter
 from transformers import PreTrainedModel
 
 from aptq.core.plan import Plan, Target
-from aptq.model.model import Model, build_skeleton
+from aptq.model.model import Model
 from aptq.model.normalise import normalise_model
+from aptq.model.skeleton import build_skeleton
 from aptq.runtime.linear import PackedLinear, empty_parts
 from aptq.store.predict import outline
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from aptq.core import linalg
-from aptq.core.linalg import damped_factor, dead_columns
+from aptq.core.linalg import damped_factor, dead_columns, product, split
 
 
 def hessian_of(columns: int, tokens: int, seed: int = 0) -> Tensor:
@@ -172,3 +172,27 @@ def test_hopeless_gives_no_factor() -> None:
     factor, damping = damped_factor(H)
     assert factor is None
     assert damping.rung == "not positive"
+
+
+def test_split_products_lose_no_more_than_their_last_bits() -> None:
+    """What an error costs, E H E^T, with an input of huge variance that most of E cancels on."""
+    H = hessian_of(150, 400)
+    H[3] *= 300
+    H[:, 3] *= 300
+    E = torch.randn(20, 150, generator=torch.Generator().manual_seed(1)) * 0.1
+    a, b = split(E, H)
+    assert a.dtype == b.dtype == torch.bfloat16
+    exact, found = E.double() @ H.double(), a.double() @ b.double()
+    bound = E.double().abs() @ H.double().abs() * 2.0**-15
+    assert ((found - exact).abs() <= bound).all()
+    coarse = E.bfloat16().double() @ H.bfloat16().double()
+    assert (coarse - exact).norm() > 50 * (found - exact).norm()
+    torch.testing.assert_close(product(E, H), E @ H, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+def test_product_on_a_gpu() -> None:
+    E, H = torch.randn(200, 700), hessian_of(700, 900)
+    exact = E.double() @ H.double()
+    error = (product(E.cuda(), H.cuda()).cpu().double() - exact).norm() / exact.norm()
+    assert error < 1e-4, error

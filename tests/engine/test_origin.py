@@ -6,13 +6,14 @@ from typing import Self
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aptq.core.grid import Grid
 from aptq.core.plan import Plan, Target
+from aptq.engine.origin import Origin
 from aptq.engine.stage import Stage
 from aptq.engine.stat import Seen, Stat
-from aptq.engine.stream import Where
+from aptq.engine.stream import Stream, Where, open_stream
 from aptq.methods.quantize.gptq import GPTQ
 from aptq.model.model import Model
 from tests.engine.run import walked, windows
@@ -105,3 +106,32 @@ def test_drift_brings_outputs_nearer_to_the_original(tmp_path: Path) -> None:
                 total += float(lost.square().sum())
         errors.append(total)
     assert errors[1] < 0.9 * errors[0]
+
+
+@pytest.mark.parametrize(("where", "times"), [("memory", 1), ("disk", 2)])
+def test_what_leaves_an_original_block_is_computed_once(
+    where: Where, times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it can be kept beside what entered; the results are the same (tests above)."""
+    model = Model.open(tiny_model("llama", tmp_path / "model", torch.float32))
+    plan, advance, calls = Plan.uniform(model.shapes, Grid.parse("int4-g16-z")), Stream.advance, []
+
+    def counted(self: Stream, index: int, block: nn.Module) -> None:
+        calls.append(index)
+        advance(self, index, block)
+
+    monkeypatch.setattr(Stream, "advance", counted)
+    walked(model, [GPTQ(drift=0.5)], plan, tmp_path, ids=windows(5), where=where)
+    assert len(calls) == times * (model.blocks - 1)
+
+
+def test_a_part_of_the_windows_is_not_enough(tmp_path: Path) -> None:
+    model = Model.open(tiny_model("llama", tmp_path / "model", torch.float32))
+    how = {"device": torch.device("cpu"), "folder": tmp_path, "where": "memory", "batch": 2}
+    stream = open_stream(model, windows(5), **how)  # type: ignore[arg-type]
+    twin, module = stream.twin(), model.load(0)
+    origin = Origin(0, model.block_name(0), module, stream)
+    origin.inputs(slice(0, 2), [])
+    origin.advance()
+    twin.advance(0, module)
+    assert torch.equal(stream.hidden, twin.hidden)

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aptq.engine.stat import Seen
-from aptq.stats.hessian import Hessian, add_by_weight, add_gram, add_weighted
+from aptq.stats import hessian
+from aptq.stats.hessian import Hessian, add_by_weight, add_gram, add_weighted, each_stretch
 
 CPU = torch.device("cpu")
 LENGTH = 6
@@ -135,6 +136,16 @@ def test_rows_of_one_weight_together_are_the_same() -> None:
     torch.testing.assert_close(one.triu(), two.triu(), rtol=1e-5, atol=1e-5)
 
 
+def test_stretches_of_windows_are_the_same() -> None:
+    x, runs = rows(6 * LENGTH, 130), [(3.0, 1), (0.0, 2), (0.5, LENGTH - 3)]
+    weight = torch.tensor([value for value, count in runs for _ in range(count)]).repeat(6)
+    one, two = torch.zeros(130, 130), torch.zeros(130, 130)
+    add_weighted(one, x, weight)
+    for share, part in each_stretch(runs, x):
+        add_gram(two, part, share)
+    torch.testing.assert_close(one.triu(), two.triu(), rtol=1e-5, atol=1e-5)
+
+
 def test_gradient_rows_need_weights() -> None:
     stat = Hessian(rows="gradient")
     assert not Hessian(rows="gradient").own
@@ -162,3 +173,42 @@ def test_weighted_rows_on_a_gpu() -> None:
         expected = (wide * weight.double()[:, None]).T @ wide
         error = (total.double().triu() - expected.triu()).norm() / expected.triu().norm()
         assert error < 1e-5, error
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("options", [{"rows": "gradient"}, {"first": 0.3}, {}])
+def test_sums_of_the_matrix_units(
+    options: dict[str, object], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole windows in 16 bits, a massive first token, a row that is not finite, drift."""
+    if device == "cpu":  # which multiplies 16-bit matrices by other calls
+        plain = torch.mm
+        monkeypatch.setattr(hessian, "exact_products", lambda x: x.dtype == torch.bfloat16)
+        monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype: plain(a.float(), b.float()))
+    length, columns = 64, 2500 if device == "cuda" else 70
+    x = rows(32 * length, columns).to(torch.bfloat16)
+    x[::length, 5] *= 1000
+    original = x + rows(32 * length, columns, seed=1).to(torch.bfloat16) / 16
+    x[70, 3] = torch.inf
+    runs = [(30.0, 1), (1.7, 15), (0.01, 48)]
+    if "first" in options:
+        runs = [(0.3 * length, 1), (1.0, length - 1)]
+    elif not options:
+        runs = [(1.0, length)]
+    weight = torch.tensor([value for value, count in runs for _ in range(count)]).repeat(32)
+    position = torch.arange(len(x)) % length
+    empty = Hessian(drift=True, **options)  # type: ignore[arg-type]
+    filled = empty.start(columns, torch.device(device))
+    shown = Seen(x, position, length, None, original, runs, weight)
+    filled.update(Seen(*(t.to(device) if isinstance(t, torch.Tensor) else t for t in shown)))
+    weight[70], x[70] = 0, 0
+    wide = x.double()
+    H = (wide * weight[:, None].double()).T @ wide
+    assert float(filled.sums["weight"]) == pytest.approx(float(weight.double().sum()), rel=1e-6)
+    assert float(filled.sums["dropped"]) == 1
+    scale = H.diagonal().sqrt().outer(H.diagonal().sqrt())
+    assert ((filled.sums["h"].double().cpu() - H).triu().abs() <= 1e-5 * scale).all()
+    moved = (original.double() - wide) * weight[:, None].double()
+    R = moved.T @ wide
+    error = (filled.sums["cross"].double().cpu() - R).norm() / R.norm()
+    assert error < 1e-3, error

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from aptq.core.grid import Grid
-from aptq.core.moves import Rows, climb, cycle, pair_moves, single_moves
+from aptq.core.moves import Rows, climb, climb_singly, cycle, pair_moves
 from aptq.core.rounding import Scales, code_offset
 
 Mode = Literal["cyclic", "greedy"]
@@ -111,7 +111,7 @@ def improve(
     H, top = problem.H, problem.grid.levels - 1
     for _ in range(sweeps):
         rows, greedy = problem.rows(codes, scales), mode == "greedy"
-        gain = climb(rows, H, single_moves(H, top)) if greedy else cycle(rows, H, top)
+        gain = climb_singly(rows, H, top) if greedy else cycle(rows, H, top)
         if float(gain.sum()) <= enough:
             break
     return codes

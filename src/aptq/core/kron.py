@@ -70,7 +70,7 @@ def sweep_rows(
     result[ids.flatten()] = rounded.view(-1, columns)
     losses = torch.empty_like(row_loss)
     losses[ids.flatten()] = row_loss
-    return Swept(result, float(losses.double().sum()), losses)
+    return Swept(result, losses)
 
 
 def _round(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 LEAF = 128  # triangular inverses up to this size go to LAPACK directly
+DEVICE_LEAF = 512  # and on a GPU, where launches cost more than their work
 
 
 class Factor(NamedTuple):
@@ -45,7 +46,8 @@ def damped_factor(
     """Factor H [in, in] float32 plus damping; H is not changed.
 
     damp: share of the mean diagonal of the live columns added to the diagonal, doubled up to 1 on
-    failure; then 1 with a floor of 1e-6 ... 1 of the largest diagonal; then the same in float64.
+    failure; then 1 with a floor of 1e-6 ... 1 of the largest diagonal; then the same in float64 on
+    the CPU.
     Dead columns (diagonal <= 0) are cut off from the others and get the mean diagonal.
     order: LongTensor [in], the sweep's column order, applied to H first.
     None as factor: not finite, or no rung was enough; the caller rounds to nearest.
@@ -61,12 +63,15 @@ def damped_factor(
     peak = float(H.diagonal().max())
     fallbacks = 0
     for dtype in (torch.float32, torch.float64):
+        # float64 on the CPU: it is rare, and takes twice the memory and ages on many GPUs
+        place = H.device if dtype == torch.float32 else torch.device("cpu")
         for share, floor in _ladder(damp):
-            inner = _inverse_factor(H.to(dtype, copy=True), share * mean + floor * peak)
+            inner = _inverse_factor(H.to(place, dtype, copy=True), share * mean + floor * peak)
             if inner is not None:
                 rung = "float64" if dtype == torch.float64 else "floor" if floor else "damped"
                 rung = rung if fallbacks else "cholesky"
-                return Factor(inner.float()), Damping(share, floor, fallbacks, dead, rung)
+                inner = inner.float().to(H.device)
+                return Factor(inner), Damping(share, floor, fallbacks, dead, rung)
             fallbacks += 1
     return None, Damping(damp, 0.0, fallbacks, dead, "not positive")
 
@@ -122,7 +127,7 @@ def _triangular_inverse(lower: Tensor) -> Tensor:
 
 def _invert_into(inverse: Tensor, lower: Tensor) -> None:
     size = len(lower)
-    if size <= LEAF:
+    if size <= (DEVICE_LEAF if lower.is_cuda else LEAF):
         eye = torch.eye(size, dtype=lower.dtype, device=lower.device)
         inverse.copy_(torch.linalg.solve_triangular(lower, eye, upper=False))
         return
@@ -131,3 +136,25 @@ def _invert_into(inverse: Tensor, lower: Tensor) -> None:
     _invert_into(inverse[half:, half:], lower[half:, half:])
     corner = inverse[half:, half:] @ lower[half:, :half] @ inverse[:half, :half]
     inverse[half:, :half] = corner.neg_()
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of float32 [n, k] and [k, m]; on a GPU in its matrix units, with errors of 2^-15.
+
+    For sums that are looked at, not for error feedback: the relative error is of |a| |b|.
+    """
+    if not a.is_cuda or a.dtype != torch.float32:
+        return a @ b
+    return torch.mm(*split(a, b), out_dtype=torch.float32)
+
+
+def split(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """bfloat16 [n, 3 k] and [3 k, m] whose product is a @ b without that of both remainders."""
+    (a, least_a), (b, least_b) = _halves(a), _halves(b)
+    return torch.cat([a, a, least_a], 1), torch.cat([b, least_b, b])
+
+
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Two bfloat16 that add up to x within 2^-17 of it."""
+    high = x.bfloat16()
+    return high, (x - high).bfloat16()

@@ -11,11 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from aptq.core.limits import kernels_for
+
 EPS = 1e-6  # gains below this share of H_jj s^2 are rounding noise
 PANEL = 128  # columns between two matrix products
 BURST = 32  # moves of a row between two looks at which rows are finished
 PARTNERS = 8  # columns that a pair move tries with each column
 TILE = 1 << 24  # entries whose moves are weighed at once
+WIDEST = 1 << 14  # columns that a kernel holds in the registers of one program
 
 
 class Rows(NamedTuple):
@@ -57,6 +60,16 @@ def cycle(rows: Rows, H: Tensor, top: int, *, panel: int = PANEL) -> Tensor:
     rows.codes.copy_(codes.T)
     rows.residual.copy_(R.T)
     return gain
+
+
+def climb_singly(rows: Rows, H: Tensor, top: int) -> Tensor:
+    """`climb` by moves of one code: on a GPU in one launch."""
+    if not kernels_for(H) or not 1 < len(H) <= WIDEST:
+        return climb(rows, H, single_moves(H, top))
+    from aptq.core import fused
+
+    held = (rows.codes, rows.residual, rows.step)
+    return fused.climb(*held, H.contiguous(), _toward(H.diagonal(), 1.0), top)
 
 
 def climb(rows: Rows, H: Tensor, propose: Callable[[Rows], Moves]) -> Tensor:
@@ -135,7 +148,7 @@ def pair_moves(H: Tensor, top: int) -> Callable[[Rows], Moves]:
     return propose
 
 
-def _toward(diagonal: Tensor, step: Tensor) -> Tensor:
+def _toward(diagonal: Tensor, step: Tensor | float) -> Tensor:
     """What a residual is multiplied by to give the best move in codes, a little short.
 
     Short by EPS, so that a move that rounding makes of it always gains.  0 where H_jj = 0.

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
+from aptq.core.reading import NAMES, read_json
 from aptq.core.target import Candidate, PartSpec, Target, candidate, target_of
 
 __all__ = ["Candidate", "PartSpec", "Plan", "Shapes", "Target", "candidate", "target_of"]
@@ -133,7 +134,7 @@ class Plan:
     def load(cls, path: str | os.PathLike[str]) -> "Plan":
         """Read what save wrote.  Raises ValueError that names the file."""
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data = read_json(Path(path), NAMES)
             kinds = {"version": int, "made_by": dict, "grids": list, "targets": dict}
             fields = _closed(data, kinds)
             if fields["version"] != VERSION:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from aptq.core import kquants
 from aptq.core.grid import Grid
+from aptq.core.limits import kernels_for
 
 CACHE_TILE = 1 << 16  # weights searched at once on a CPU: the working set stays in its L2 cache
 DEVICE_TILE = 1 << 24  # on a GPU: few launches, and at most 64 MiB for a temporary
@@ -69,17 +70,32 @@ def fit(
     factors = torch.tensor(shrink, dtype=torch.float32, device=weight.device)
     if importance is not None:
         importance = importance.to(factors).pow(1.0 / power).expand(rows, columns)
+    if kernels_for(weight):
+        from aptq.core import fused
+
+        if fused.fits(grid, columns, power):
+            least = _least(grid.scale_dtype)
+            fused.fit(weight.contiguous(), grid, importance, factors, scale, zero, least)
+            return Scales(scale, zero)
+    _fill(Scales(scale, zero), weight, grid, factors, importance, power)
+    return Scales(scale, zero)
+
+
+def _fill(
+    held: Scales, weight: Tensor, grid: Grid, factors: Tensor, root: Tensor | None, power: float
+) -> None:
+    """Search the ranges of all groups; root [out, in]: importance^(1 / power)."""
+    rows, columns = weight.shape
     tile = max(1, (CACHE_TILE if weight.device.type == "cpu" else DEVICE_TILE) // columns)
     for start in range(0, rows, tile):
         band = slice(start, start + tile)
-        roots = _blocks(importance[band], grid) if importance is not None else None
+        roots = _blocks(root[band], grid) if root is not None else None
         for ids, part in _blocks(weight[band].float(), grid):
-            root = next(roots)[1] if roots is not None else None
-            found = _search(part, grid, factors, root, power)
-            scale[band, ids] = found.scale
-            if zero is not None:
-                zero[band, ids] = cast(Tensor, found.zero)
-    return Scales(scale, zero)
+            own = next(roots)[1] if roots is not None else None
+            found = _search(part, grid, factors, own, power)
+            held.scale[band, ids] = found.scale
+            if held.zero is not None:
+                held.zero[band, ids] = cast(Tensor, found.zero)
 
 
 def encode(
@@ -233,10 +249,13 @@ def _ranges(part: Tensor, grid: Grid, factors: Tensor) -> Scales:
 
 def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Scale in dtype, moved to the nearest usable magnitude where it would become 0 or inf."""
-    info = torch.finfo(dtype)
+    most = torch.finfo(dtype).max
+    return scale.abs().clamp_(_least(dtype), most).copysign_(scale).to(dtype)
+
+
+def _least(dtype: torch.dtype) -> float:
     # bfloat16 subnormals are float32 subnormals, which some devices flush to zero.
-    least = 2.0**-24 if dtype == torch.float16 else info.tiny
-    return scale.abs().clamp_(least, info.max).copysign_(scale).to(dtype)
+    return 2.0**-24 if dtype == torch.float16 else torch.finfo(dtype).tiny
 
 
 def _blocks(matrix: Tensor, grid: Grid) -> Iterator[tuple[slice, Tensor]]:

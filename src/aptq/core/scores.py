@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from aptq.core.plan import Plan, Target
+from aptq.core.reading import NAMES, read_json
 from aptq.registry import closest
 
 VERSION = 1
@@ -129,14 +130,18 @@ class Scores:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table as JSON."""
+        Path(path).write_bytes(self.text())
+
+    def text(self) -> bytes:
+        """The file that `save` writes."""
         data = {"version": VERSION, **dataclasses.asdict(self)}
-        Path(path).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        return (json.dumps(data, indent=1) + "\n").encode("utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Scores":
         """Read what save wrote.  Raises ValueError that names the file."""
         try:
-            return cls._read(json.loads(Path(path).read_text(encoding="utf-8")))
+            return cls._read(read_json(Path(path), NAMES))
         except (OSError, ValueError) as error:  # bad JSON and bad UTF-8 are ValueErrors
             reason = " ".join(str(error).splitlines())
             way_out = "use the scores.json of a run folder, or measure again"

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from aptq.core.grid import Grid
+from aptq.core.limits import LEAF, Limits, kernels_for, limits
 from aptq.core.rounding import Scales, fit, level_of
 
 
@@ -28,13 +29,23 @@ class ColumnRule(Protocol):
     def round(self, column: int, values: Tensor) -> Tensor:
         """Rounded values [out] of one column (original id); values must not be changed."""
 
+    def limits(self, column: int) -> Limits | None:
+        """What a kernel needs to round the segment that begins with a column (original id).
+
+        None where `round` must be asked.
+        """
+
 
 class Swept(NamedTuple):
-    """rounded [out, in], original column order; loss = sum of row_loss [out] = tr(E H E^T)."""
+    """rounded [out, in], original column order; the sum of row_loss [out] is tr(E H E^T)."""
 
     rounded: Tensor
-    loss: float
     row_loss: Tensor
+
+    @property
+    def loss(self) -> float:
+        """tr(E H E^T); waits for the device."""
+        return float(self.row_loss.double().sum())
 
 
 def _group_scales(scales: Scales, group: int) -> Scales:
@@ -62,13 +73,10 @@ class GridRule:
         """
         self.grid, self.shape = grid, shape
         self.importance, self.shrink, self.power = importance, shrink, power
-        self.given = scales is not None
+        self.given = scales
         self.fresh: Scales | None = None  # fitted by begin, for the group of the next column
         self.fitted: dict[int, Scales] = {}
         self.rows: dict[int, tuple[Tensor, Tensor | None]] = {}
-        if scales is not None:
-            for group in range(grid.groups(shape[1])):
-                self._take(group, _group_scales(scales, group))
 
     def _take(self, group: int, scales: Scales | None) -> None:
         assert scales is not None, f"group {group} begins in the middle of a segment"
@@ -78,7 +86,7 @@ class GridRule:
 
     def begin(self, columns: Tensor, weight: Tensor) -> None:
         """Fit the scales of the one group that columns belong to, unless they are given."""
-        if self.given or self.grid.dense:
+        if self.given is not None or self.grid.dense:
             return
         whole = replace(self.grid, group=0)
         importance = None if self.importance is None else self.importance[..., columns]
@@ -92,14 +100,27 @@ class GridRule:
             return values.bfloat16().float()
         group = column // self.grid.group if self.grid.group else 0
         if group not in self.rows:  # known here without asking the device for column ids
-            self._take(group, self.fresh)
+            given = self.given
+            self._take(group, self.fresh if given is None else _group_scales(given, group))
         scale, zero = self.rows[group]
         return level_of(values / scale, zero, self.grid).mul_(scale)
+
+    def limits(self, column: int) -> Limits | None:
+        """Of the scales that are given, or that `begin` has just fitted for the column's group."""
+        if self.grid.dense:
+            return None
+        if self.given is not None:
+            return limits([self.grid], [self.given], self.shape[1])
+        group = column // self.grid.group if self.grid.group else 0
+        self._take(group, self.fresh)
+        return limits([replace(self.grid, group=0)], [self.fitted[group]], self.shape[1])
 
     def scales(self) -> Scales:
         """Scales of the whole weight; every group must have begun."""
         if self.grid.dense:
             return Scales(torch.empty(self.shape[0], 0, dtype=self.grid.scale_dtype), None)
+        if self.given is not None:
+            return self.given
         found = [self.fitted[group] for group in range(self.grid.groups(self.shape[1]))]
         scale = torch.cat([scales.scale for scales in found], 1)
         zeros = [scales.zero for scales in found if scales.zero is not None]
@@ -133,9 +154,11 @@ def sweep(
     assert block > 0, block
     order = torch.arange(columns, device=weight.device) if order is None else order
     # A column of W is a contiguous row of W.T; unit lower triangular, so no division in the loop.
+    held = weight.detach().T[order].to(factor.dtype).contiguous()
+    lower = (factor / factor.diagonal().unsqueeze(1)).T
     work = _Work(
-        weight.detach().T[order].to(factor.dtype),
-        (factor / factor.diagonal().unsqueeze(1)).T.contiguous(),
+        held,
+        lower if held.is_cuda else lower.contiguous(),
         order,
         order.tolist(),  # the only wait for the device before the end
         rule,
@@ -146,7 +169,7 @@ def sweep(
     row_loss = work.losses(factor)
     rounded = torch.empty_like(work.weight)
     rounded[order] = work.rounded
-    return Swept(rounded.T.contiguous(), float(row_loss.double().sum()), row_loss)
+    return Swept(rounded.T.contiguous(), row_loss)
 
 
 class _Work:
@@ -166,6 +189,8 @@ class _Work:
         self.rule, self.block, self.pull = rule, block, pull
         self.given = weight.clone() if pull else weight
         self.rounded, self.error = torch.empty_like(weight), torch.empty_like(weight)
+        self.fused = kernels_for(weight) and not pull
+        self.limits: Limits | None = None  # of the segment at work, where a kernel rounds it
 
     def segments(self, bounds: list[int], first: int, last: int) -> None:
         """Sweep segments first..last-1; on entry their weights are up to date."""
@@ -177,15 +202,18 @@ class _Work:
             return
         start, stop = bounds[first], bounds[last]
         self.rule.begin(self.order[start:stop], self.weight[start:stop])
+        if self.fused:
+            self.limits = self.rule.limits(self.ids[start])
         self.columns(start, stop)
 
     def columns(self, start: int, stop: int) -> None:
         """Sweep columns start..stop-1; on entry their weights are up to date."""
-        if stop - start <= self.block:
+        block = self.block if self.limits is None else LEAF
+        if stop - start <= block:
             self.leaf(start, stop)
             return
-        blocks = -(-(stop - start) // self.block)
-        middle = start + blocks // 2 * self.block
+        blocks = -(-(stop - start) // block)
+        middle = start + blocks // 2 * block
         self.columns(start, middle)
         self.push(start, middle, stop)
         self.columns(middle, stop)
@@ -197,6 +225,13 @@ class _Work:
 
     def leaf(self, start: int, stop: int) -> None:
         """The plain loop: each column first takes up the errors of its block so far."""
+        if self.limits is not None:
+            from aptq.core import fused
+
+            part = slice(start, stop)
+            held = self.weight[part], self.rounded[part], self.error[part]
+            fused.leaf(*held, self.lower[part, part], self.order[part], self.limits)
+            return
         rows = self.weight[start:stop].unbind()
         errors = self.error[start:stop].unbind()
         lower = self.lower[start:stop, start:stop].contiguous().unbind()

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from aptq.core.plan import Plan, Target
-from aptq.engine.block import Block, Shown
+from aptq.engine.block import Block
 from aptq.engine.layer import Layer
+from aptq.engine.shown import Shown
 from aptq.engine.stat import Stat
 from aptq.engine.tail import logits, pieces, sample
 from aptq.engine.tape import Tape
@@ -106,11 +107,11 @@ class Observed(Block):
 
         def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             seen = self._seen(args[0].detach(), owner)
-            self._show(shown._replace(stats=plain), seen)
+            shown._replace(stats=plain).show(seen, self._trace)
 
             def receive(grad: Tensor) -> None:
                 full = seen._replace(grad=grad.reshape(-1, grad.shape[-1]))
-                self._show(shown._replace(stats=behind), full)
+                shown._replace(stats=behind).show(full, self._trace)
 
             if behind:
                 output.register_hook(receive)  # type: ignore[no-untyped-call]

@@ -16,8 +16,9 @@ from aptq.core.plan import Plan
 from aptq.core.profile import Profiles
 from aptq.core.scores import Scores
 from aptq.engine.block import Block
+from aptq.engine.candidate import exact
 from aptq.engine.heap import trim_heap
-from aptq.engine.measure import Subject, exact
+from aptq.engine.measure import Subject
 from aptq.engine.stream import Stream
 from aptq.engine.tail import logits, pieces
 from aptq.engine.walk import walk

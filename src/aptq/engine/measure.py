@@ -19,6 +19,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from aptq.core.linalg import product
 from aptq.core.plan import Plan, Target
 from aptq.core.profile import Profiles
 from aptq.core.scores import Scores, Table
@@ -138,7 +139,7 @@ class Subject:
 
 def row_damage(change: Tensor, hessian: Tensor) -> Tensor:
     """dW_j H dW_j^T of every row j of dW [out, in], H [in, in]; float64 [out]."""
-    return ((change @ hessian) * change).sum(dim=1, dtype=torch.float64)
+    return (product(change, hessian) * change).sum(dim=1, dtype=torch.float64)
 
 
 @dataclass

@@ -25,6 +25,7 @@ from aptq.engine.stat import Seen, Stat
 from aptq.engine.stream import Stream, Where, open_stream
 from aptq.engine.tail import replaced
 from aptq.model.model import Model
+from aptq.store.checkpoint import layer_parts
 
 # Weights compressed at once (128 MiB of float32; a sweep holds about four times that): a
 # vocabulary has 30 times the rows of a layer in a block, which must not decide the peak memory.
@@ -75,6 +76,15 @@ class Outer:
         show(rows, stats)
         self._compress(name, "embed", stats)
         self.model.replace_outer({name: self.parts[name]})
+
+    def restore(self, records: Sequence[dict[str, object]], tensors: Mapping[str, Tensor]) -> None:
+        """Take back what `records` and `tensors()` were; the model's embedding with them."""
+        self.records = list(records)
+        for name in {entry.split(".parts.")[0] for entry in tensors}:
+            how = self.targets[name], self.model.outer_shapes[name], tensors.__getitem__
+            self.parts[name] = tuple(layer_parts(name, *how))
+        embed = self.model.arch.embed
+        self.model.replace_outer({n: p for n, p in self.parts.items() if n == embed})
 
     def compress_head(self, block: Block) -> None:
         """After the last block, still loaded: an untied head, on the stream behind that block."""

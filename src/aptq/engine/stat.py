@@ -7,6 +7,7 @@ it, and (after `start`) the running sums of one group, or of one layer if it is 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Self
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from aptq.model.watch import AttentionTrace
 
 
+MOST_DROPPED = 0.1  # share of rows that may hold NaN or Inf, as in ExLlamaV3
+
+
 class Seen(NamedTuple):
     """What a Stat is shown for one batch of one group, or of one layer if it is `own`."""
 
@@ -25,6 +29,9 @@ class Seen(NamedTuple):
     length: int  # tokens in a window
     half: Tensor | None = None  # [rows] int64: parity of the row's window, for split-half noise
     original: Tensor | None = None  # [rows, in] the same rows in the uncompressed model
+    # where rows are whole windows in order: how a window's tokens weigh, as (weight, tokens) of
+    # stretches of it, known without asking the device
+    stretches: Sequence[tuple[float, int]] | None = None
     # own statistics only (weight: all), None where it is not known:
     weight: Tensor | None = None  # [rows] float32: weights by the layer's profile
     grad: Tensor | None = None  # [rows, out] d(nats of all tokens) / d(output), model's dtype

@@ -3,10 +3,9 @@
 Shards are memory-mapped: reading a tensor costs file cache, no second copy in memory.
 """
 
-import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,6 +23,8 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
+from aptq.core.reading import LISTS, parse_json, printable, read_json
+from aptq.model.ahead import Ahead
 from aptq.model.sources import refuse
 
 OUTER = -1  # the index under which everything outside the blocks is loaded
@@ -34,7 +35,7 @@ _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 def listed(names: Iterable[str], most: int = 5) -> str:
     """The first names and how many more there are."""
-    names = sorted(names)
+    names = sorted(map(printable, names))
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
@@ -74,18 +75,19 @@ class Shards:
 
     def _read_index(self, index: Path) -> None:
         try:
-            where: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
+            where: dict[str, str] = read_json(index, LISTS)["weight_map"]
+            where = {str(name): str(shard) for name, shard in where.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"cannot read the list of shards\n{index}: {error!r}\ncopy the file again"
             ) from error
         for shard in sorted(set(where.values())):
             inside = {name for name, file in where.items() if file == shard}
             path = self.folder / shard
-            if Path(shard).name != shard or not path.is_file():
+            if Path(shard).name != shard or len(shard) > 200 or not path.is_file():
                 raise ValueError(
-                    f"a shard of the model is missing\n{path} with {len(inside)} tensors: "
-                    f"{listed(inside)}\ncopy or download the file again"
+                    f"a shard of the model is missing\n{printable(path)} with {len(inside)} "
+                    f"tensors: {listed(inside)}\ncopy or download the file again"
                 )
             found = self._read_shard(path)
             if found != inside:
@@ -120,7 +122,7 @@ def _sizes(path: Path) -> str:
         if size < 8 or length > min(size, 100_000_000):
             return f"{size:,} bytes, the header claims {length:,}"
         try:
-            entries: dict[str, Any] = json.loads(file.read(length))
+            entries: dict[str, Any] = parse_json(file.read(length))
             ends = [e["data_offsets"][1] for k, e in entries.items() if k != "__metadata__"]
             return f"{size:,} bytes, {8 + length + max(ends, default=0):,} expected"
         except (ValueError, KeyError, TypeError, AttributeError):
@@ -140,10 +142,16 @@ class Loader:
         self.skeleton, self.shards, self.dtype = skeleton, shards, dtype
         self._block = re.compile(rf"^{re.escape(blocks)}\.(\d+)\.")
         self._stored: dict[int, list[str]] = defaultdict(list)
+        self.fills: dict[str, list[str]] = {}  # stored name -> names in the skeleton
         wanted = skeleton.state_dict()
         produced = self._map(wanted)
         self._check(wanted, produced)
         self.tied = self._tied(produced)
+        self._ahead = Ahead(self._inside, shards.read)
+
+    def _inside(self, index: int) -> list[str]:
+        """Stored names of a block; none for one that there is not."""
+        return self._stored[index] if index != OUTER and index in self._stored else []
 
     def load(self, index: int, device: str | torch.device) -> None:
         """Give the parameters of block `index` (or OUTER) real values on `device`."""
@@ -154,7 +162,10 @@ class Loader:
             device_map={"": device},
             weight_mapping=get_model_conversion_mapping(self.skeleton),
         )
-        slices = {name: self.shards.slice(name) for name in self._stored[index]}
+        ahead = index != OUTER and torch.device(device).type == "cuda"
+        held = self._ahead.take(index) if ahead else {}
+        names = self._stored[index]
+        slices = {name: held[name] if held else self.shards.slice(name) for name in names}
         bars = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()
         try:
@@ -168,6 +179,8 @@ class Loader:
                 f"stored tensors do not fit the architecture\n{self.shards.folder}: "
                 f"{listed([*wrong, *info.error_msgs])}\ncheck config.json against the weights"
             )
+        if ahead:
+            self._ahead.start(index)
 
     def _map(self, wanted: dict[str, Tensor]) -> dict[str, str]:
         """Sort stored names by block; name in the skeleton -> (one) stored name behind it."""
@@ -178,6 +191,7 @@ class Loader:
         prefix = self.skeleton.base_model_prefix
         produced: dict[str, str] = {}
         unknown: set[str] = set()
+        misshapen: list[str] = []
         for name, shape in self.shards.shapes.items():
             renamed, pattern = rename_source_key(name, renamings, converters, prefix, wanted)
             if renamed not in wanted and name in wanted:
@@ -190,19 +204,18 @@ class Loader:
             if pattern is not None:
                 # Shapes of converted tensors are known only when they are loaded.
                 first, *others = targets[pattern]
-                produced.update({renamed.replace(first, other): name for other in others})
-            elif shape != tuple(wanted[renamed].shape):
-                self._misshapen(name, shape, tuple(wanted[renamed].shape))
-            produced[renamed] = name
+                self.fills[name] = [renamed, *(renamed.replace(first, other) for other in others)]
+            elif shape != (expected := tuple(wanted[renamed].shape)):
+                misshapen.append(f"{name} {list(shape)} stored, {list(expected)} expected")
+            produced.update(dict.fromkeys(self.fills.setdefault(name, [renamed]), name))
         self._check_unknown(unknown)
+        if misshapen:
+            refuse(
+                "a stored tensor has another shape than config.json says",
+                f"{self.shards.folder}: {len(misshapen)} tensors, {listed(misshapen)}",
+                "use the config.json that belongs to these weights",
+            )
         return produced
-
-    def _misshapen(self, name: str, stored: tuple[int, ...], expected: tuple[int, ...]) -> NoReturn:
-        raise ValueError(
-            f"a stored tensor has another shape than config.json says\n{name} in "
-            f"{self.shards.folder}: {list(stored)} stored, {list(expected)} expected\n"
-            "use the config.json that belongs to these weights"
-        )
 
     def _check_unknown(self, unknown: set[str]) -> None:
         ignored = [re.compile(p) for p in self.skeleton._keys_to_ignore_on_load_unexpected]
@@ -261,17 +274,25 @@ class Absent:
         )
 
 
-def check_finite(prefix: str, module: nn.Module) -> None:
-    """Raise ValueError where a parameter of `module` holds NaN or Inf."""
+def check_finite(prefix: str, module: nn.Module, tolerated: Set[str] = frozenset()) -> None:
+    """Raise ValueError where a parameter of `module` that is not tolerated holds NaN or Inf."""
     for name, tensor in module.named_parameters(prefix=prefix):
-        check_finite_tensor(name, tensor)
+        if name not in tolerated:
+            check_finite_tensor(name, tensor)
+
+
+def count_nonfinite(tensor: Tensor, dtype: torch.dtype) -> int:
+    """Values that are NaN or Inf, also after the cast to `dtype`."""
+    # One pass without a mask in memory: NaN spreads to both ends, Inf is one of them.
+    ends = tensor.detach().aminmax() if tensor.numel() and tensor.is_floating_point() else ()
+    if all(bool(end.to(dtype).isfinite()) for end in ends):
+        return 0
+    return tensor.numel() - int(tensor.to(dtype).isfinite().sum())
 
 
 def check_finite_tensor(name: str, tensor: Tensor) -> None:
     """Raise ValueError where a weight holds NaN or Inf, also after the cast to the dtype."""
-    # One pass without a mask in memory: NaN spreads to both ends, Inf is one of them.
-    if tensor.numel() and not all(bool(end.isfinite()) for end in tensor.detach().aminmax()):
-        bad = tensor.numel() - int(tensor.isfinite().sum())
+    if bad := count_nonfinite(tensor, tensor.dtype):
         refuse(
             f"a weight is not finite in {tensor.dtype}",
             f"{name}: {bad} of {tensor.numel()} values are NaN or Inf",

@@ -90,6 +90,7 @@ class AttentionHessian(Hessian):
         if self.mode == "blend":
             sums = {"h": self._new("plain", seen.x.shape[1:] * 2, torch.float32)}
             sums |= {"weight": self._new("plain_weight"), "dropped": self._new("unused")}
+            sums["rows"] = self._new("plain_rows")
             plain: Literal["uniform", "gradient"] = "gradient" if self.weighted else "uniform"
             Hessian(first=self.first, rows=plain, power=self.power, sums=sums).update(seen)
         with torch.inference_mode(False), torch.no_grad():
@@ -129,6 +130,7 @@ class AttentionHessian(Hessian):
         counted = good.sum() * length
         self.sums["weight"] += traces.sum() if simple else counted
         self.sums["dropped"] += seen.x.shape[0] - counted
+        self.sums["rows"] += seen.x.shape[0]
         self._new("batches").add_(1)
 
     def _weights_of(self, seen: Seen, trace: AttentionTrace, good: Tensor) -> Tensor:

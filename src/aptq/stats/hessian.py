@@ -8,15 +8,18 @@ every token after it, yet in a window of 2,048 it is one row of 2,048.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
 from aptq.core.linalg import Damping, Factor, damped_factor, dead_columns
-from aptq.engine.stat import Seen, Stat
+from aptq.engine.stat import MOST_DROPPED, Seen, Stat
+from aptq.failures import Unsound
 
+Stretches = Sequence[tuple[float, int]]  # as Seen has them
 BINS = 32  # different weights of a window of 2^31 tokens, whose positions have up to 31 bits
 # share of mean(diag H) added before the drift is solved for: more than before a sweep, for it would
 # fit the noise of small directions
@@ -69,7 +72,7 @@ class Hessian(Stat):
         """Zero sums: H [columns, columns] float32, total weight and dropped rows (scalars)."""
         zero = torch.zeros((), dtype=torch.float64, device=device)
         square = torch.zeros(columns, columns, dtype=torch.float32, device=device)
-        sums = {"h": square, "weight": zero, "dropped": zero.clone()}
+        sums = {"h": square, "weight": zero, "dropped": zero.clone(), "rows": zero.clone()}
         if self.drift:
             sums["cross"] = torch.zeros_like(square)
         return replace(self, sums=sums, cache={})
@@ -78,41 +81,60 @@ class Hessian(Stat):
         """Add rows x [rows, in]; rows that are not finite are left out and counted."""
         # one pass: a row's sum is finite unless one of its values is not
         finite = seen.x.sum(dim=1, dtype=torch.float32).isfinite()
-        x, good = seen.x, int(finite.sum())
-        if good < len(x):
+        x, good = seen.x, finite.sum()
+        self.sums["rows"] += len(x)
+        if x.is_cuda or int(good) < len(x):  # a GPU would have to be waited for
             x = x.masked_fill(~finite[:, None], 0)
             self.sums["dropped"] += len(x) - good
         if self.rows == "gradient":
             weight = self._weights(seen) * finite
             self.sums["weight"] += weight.sum(dtype=torch.float64)
-            add_weighted(self.sums["h"], x, weight)
-            self._add_drift(seen, x, weight)
+            stretches = seen.stretches and [(v**self.power, n) for v, n in seen.stretches]
+            add_weighted(self.sums["h"], x, weight, stretches)
+            self._add_drift(seen, x, weight, stretches)
             return
         self.sums["weight"] += good
+        first = max(self.first * seen.length, 1.0)
         if self.drift:
             weight = finite.float()
             if seen.position is not None:
-                first = max(self.first * seen.length, 1.0)
                 weight = weight.where(seen.position > 0, weight * first)
-            self._add_drift(seen, x, weight)
+            stretches = seen.stretches and [(first, 1), (1.0, seen.length - 1)]
+            self._add_drift(seen, x, weight, stretches)
         add_gram(self.sums["h"], x)
-        extra = self.first * seen.length - 1.0
-        if extra > 0:
-            if seen.position is None:
-                raise ValueError(
-                    "the first token of a window cannot be weighted here\n"
-                    f"a layer of width {x.shape[1]} gets rows that are no tokens in order\n"
-                    "set first = 0.0 in the recipe"
-                )
-            at = (seen.position == 0).nonzero().squeeze(1)
-            head = x[at].float()
-            self.sums["h"].addmm_(head.T, head, alpha=extra)
-            self.sums["weight"] += finite[at].sum() * extra
+        if first > 1:
+            self._add_first(seen, x, finite, first - 1)
 
-    def _add_drift(self, seen: Seen, x: Tensor, weight: Tensor) -> None:
+    def _add_first(self, seen: Seen, x: Tensor, finite: Tensor, extra: float) -> None:
+        """What the first tokens of windows weigh more than others; x [rows, in]."""
+        if seen.position is None:
+            raise ValueError(
+                "the first token of a window cannot be weighted here\n"
+                f"a layer of width {x.shape[1]} gets rows that are no tokens in order\n"
+                "set first = 0.0 in the recipe"
+            )
+        at: Tensor | slice = slice(None, None, seen.length)
+        if seen.stretches is None:
+            at = (seen.position == 0).nonzero().squeeze(1)
+        head = x[at].contiguous().float()
+        self.sums["h"].addmm_(head.T, head, alpha=extra)
+        self.sums["weight"] += finite[at].sum() * extra
+
+    def _add_drift(
+        self, seen: Seen, x: Tensor, weight: Tensor, stretches: Stretches | None
+    ) -> None:
         """Add to R; x [rows, in] without rows that are not finite, weight [rows]."""
         if not self.drift or seen.original is None:
             return  # in the uncompressed model, and for rows that have no counterpart
+        if exact_products(x) and stretches:
+            # rounded to x's type as the inputs were, whose own rounding is the larger one
+            moved = seen.original - x
+            usable = moved.sum(dim=1, dtype=torch.float32).isfinite()
+            moved.masked_fill_(~usable[:, None], 0)
+            for share, rows, others in each_stretch(stretches, moved, x):
+                part = torch.mm(rows.T, others, out_dtype=torch.float32)
+                self.sums["cross"].add_(part, alpha=share)
+            return
         before = seen.original.float()
         usable = before.sum(dim=1).isfinite()
         moved = torch.where(usable[:, None], before - x.float(), 0).mul_(weight[:, None])
@@ -129,9 +151,9 @@ class Hessian(Stat):
         if "correction" not in self.cache:
             H = self.matrix().double()
             H.diagonal().add_(damp * float(H.diagonal().mean()))
-            lower, info = torch.linalg.cholesky_ex(H)
-            cross = self.sums["cross"].double() / float(self.sums["weight"])
-            solved = torch.cholesky_solve(cross.T, lower).T.float() if int(info) == 0 else None
+            H, info = torch.linalg.cholesky_ex(H)
+            cross = self.sums["cross"].double().div_(float(self.sums["weight"]))
+            solved = torch.cholesky_solve(cross.T, H).T.float() if int(info) == 0 else None
             self.cache["correction"] = solved
         held = self.cache["correction"]
         assert held is None or isinstance(held, Tensor)
@@ -154,6 +176,16 @@ class Hessian(Stat):
     def forget(self) -> None:
         """Drop the mean and its factors."""
         self.cache.clear()
+
+    def check_rows(self, layer: str) -> None:
+        """Raise Unsound where more than a tenth of the rows were dropped: no sample of the text."""
+        dropped, rows = (int(self.sums[name]) for name in ("dropped", "rows"))
+        if dropped > MOST_DROPPED * rows:
+            raise Unsound(
+                f"the activations of a layer are not finite\n{layer}: {dropped} of {rows} rows of "
+                "its input hold NaN or Inf\ncheck the weights before it, or convert a model in "
+                "fp16 to bf16, which has a wider range"
+            )
 
     @property
     def empty(self) -> bool:
@@ -193,7 +225,7 @@ class Hessian(Stat):
 
         The order must be a function of H alone, as those of `gptq` are.
         """
-        key = (damp, None if order is None else tuple(order.tolist()))
+        key = (damp, None if order is None else order.cpu().numpy().tobytes())
         if key not in self.cache:
             self.cache[key] = damped_factor(self.matrix(), damp, order=order)
         held = self.cache[key]
@@ -201,30 +233,46 @@ class Hessian(Stat):
         return held  # type: ignore[return-value]
 
 
-def add_gram(total: Tensor, x: Tensor) -> None:
-    """Add x^T x to the upper triangle (in tiles) of `total` [in, in] float32; x [rows, in].
+def exact_products(x: Tensor) -> bool:
+    """Are rows x multiplied in the matrix units of a GPU: exact products, float32 sums?"""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
 
-    On a GPU 16-bit rows are multiplied in the matrix units (exact products, float32 sums).
+
+def add_gram(total: Tensor, x: Tensor, alpha: float = 1.0) -> None:
+    """Add alpha x^T x to the upper triangle (in tiles) of `total` [in, in] float32; x [rows, in].
+
+    On a GPU 16-bit rows are multiplied in the matrix units.
     """
     columns = x.shape[1]
-    if x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16):
-        total += torch.mm(x.T, x, out_dtype=torch.float32)
+    if exact_products(x):
+        step = max(2048, -(-columns // 4))  # smaller products would not fill the device
+        for a in range(0, columns, step):
+            rows = x[:, a : a + step]
+            part = torch.mm(rows.T, x[:, a:], out_dtype=torch.float32)
+            total[a : a + step, a:].add_(part, alpha=alpha)
         return
     wide = x.float()
     # a tile row needs only the tiles from the diagonal on: 7/12 of the work with six tiles
     step = max(96, -(-columns // 6))
     for a in range(0, columns, step):
         rows = wide[:, a : a + step]
-        total[a : a + step, a:].addmm_(rows.T, wide[:, a:])
+        total[a : a + step, a:].addmm_(rows.T, wide[:, a:], alpha=alpha)
 
 
-def add_weighted(total: Tensor, x: Tensor, weight: Tensor) -> None:
+def add_weighted(
+    total: Tensor, x: Tensor, weight: Tensor, stretches: Stretches | None = None
+) -> None:
     """Add sum_t w_t x_t x_t^T like `add_gram`; x [rows, in], weight [rows] float32, not negative.
 
     A product of a weight and a 16-bit row would be rounded, so where few weights occur (profiles
     have one a bin) rows of one weight are multiplied together and their sum is weighted.
+    stretches: the weights of whole windows, which finds these rows without waiting for the device.
     """
-    if x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16):
+    if exact_products(x) and stretches:
+        for share, rows in each_stretch(stretches, x):
+            add_gram(total, rows, share)
+        return
+    if exact_products(x):
         values = weight.unique()
         if len(values) <= BINS:
             add_by_weight(total, x, weight, values)
@@ -232,10 +280,18 @@ def add_weighted(total: Tensor, x: Tensor, weight: Tensor) -> None:
     add_gram(total, x.float() * weight.sqrt()[:, None])
 
 
+def each_stretch(stretches: Stretches, *inputs: Tensor) -> Iterator[tuple[Any, ...]]:
+    """(weight, its rows of every one of the inputs [windows * length, in]) of stretches > 0."""
+    start, length = 0, sum(count for _, count in stretches)
+    for weight, count in stretches:
+        if weight > 0 and count:
+            parts = (x.reshape(-1, length, x.shape[1])[:, start : start + count] for x in inputs)
+            yield weight, *(part.reshape(-1, part.shape[2]) for part in parts)
+        start += count
+
+
 def add_by_weight(total: Tensor, x: Tensor, weight: Tensor, values: Tensor) -> None:
     """`add_weighted` by one plain second moment for each of the different `values` of weight."""
-    part = torch.empty_like(total)
     for value in values.tolist():
         if value > 0:
-            add_gram(part.zero_(), x[weight == value])
-            total.add_(part, alpha=value)
+            add_gram(total, x[weight == value], value)

@@ -55,6 +55,7 @@ class Refine(Stage):
         hessian = layer.stats.get(self.needs()[0])
         if not isinstance(hessian, Hessian) or hessian.empty:
             return None
+        hessian.check_rows(layer.name)
         H = hessian.metric(self.damp)
         if not H.sum().isfinite():
             return None
@@ -84,7 +85,8 @@ class Refine(Stage):
         if part is None or fixed:
             return layer
         if problem is None:
-            layer.counts["fallbacks"] = layer.counts.get("fallbacks", 0) + 1
+            for count in ("fallbacks", "nearest"):
+                layer.counts[count] = layer.counts.get(count, 0) + 1
             return layer
         layer.parts = [self.refine(problem, part)]
         return layer

@@ -24,10 +24,9 @@ from aptq.core.stack import ROW_BYTES, StackRule
 from aptq.core.sweep import GridRule, sweep
 from aptq.engine.layer import Layer
 from aptq.engine.stage import Stage, methods
+from aptq.engine.stream import stack_bytes
 from aptq.stats.attention import AttentionHessian
 from aptq.stats.hessian import Hessian
-
-STACKED = 512 << 20  # bytes of candidates that are swept together
 
 
 class Problem(NamedTuple):
@@ -147,7 +146,7 @@ class GPTQ(Stage):
             rounded = snap(W, scales, grid)
         else:
             rounded, scales = self.compensate(layer, problem, grid)
-        layer.parts.append(part_of(rounded, scales, grid))
+        layer.add(part_of(rounded, scales, grid))
         return layer
 
     def attempt(self, layer: Layer, targets: Sequence[Target]) -> Iterator[Tensor]:
@@ -162,7 +161,7 @@ class GPTQ(Stage):
             yield from super().attempt(layer, targets)
             return
         W, U, weights = problem.W, problem.U, problem.importance
-        step = max(1, STACKED // (ROW_BYTES * W.numel()))
+        step = max(1, stack_bytes(W.device) // (ROW_BYTES * W.numel()))
         for start in range(0, len(grids), step):
             some = grids[start : start + step]
             scales = [fit(W, g, importance=weights, shrink=shrinks(self.clip)[::3]) for g in some]
@@ -174,11 +173,13 @@ class GPTQ(Stage):
     def prepare(self, layer: Layer, grid: Grid) -> Problem | None:
         """Weights, factor and order; None, counted, where rounding to nearest must do."""
         hessian = self.seen(layer)
+        hessian.check_rows(layer.name)
         H = hessian.matrix()
         order = visiting_order(H.diagonal(), grid, self.columns)
         factor, damping = hessian.factor(self.damp, order)
         if factor is None or hessian.empty:
-            layer.counts["fallbacks"] = layer.counts.get("fallbacks", 0) + 1
+            for name in ("fallbacks", "no rows" if hessian.empty else damping.rung, "nearest"):
+                layer.counts[name] = layer.counts.get(name, 0) + 1
             return None
         W = hessian.target(layer.residual(), self.drift)
         _count(layer, hessian, damping)
@@ -261,8 +262,10 @@ def error_weights(H: Tensor, U: Tensor, order: Tensor, importance: str) -> Tenso
 
 def _count(layer: Layer, hessian: Hessian, damping: Damping) -> None:
     """Leave what the report should tell."""
+    layer.damping = damping.damp
     found = {
-        "fallbacks": float(damping.fallbacks > 0),
+        "fallbacks": float(damping.fallbacks > 0 or bool(hessian.sums["dropped"])),
+        damping.rung: float(damping.fallbacks > 0),
         "dead": float(damping.dead),
         "dropped": float(hessian.sums["dropped"]),
     }
