@@ -169,6 +169,9 @@ def main() -> None:
         model.save_pretrained(options.packed, save_compressed=True)
         result["seconds"]["save"] = round(time.perf_counter() - start, 3)
         result["packed_bytes"] = sum(f.stat().st_size for f in options.packed.iterdir())
+        from transformers import AutoTokenizer
+
+        AutoTokenizer.from_pretrained(options.model).save_pretrained(options.packed)
     line = json.dumps(result)
     if options.json:
         options.json.write_text(line + "\n", encoding="utf-8")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,11 +19,12 @@ from torch.nn import functional as F
 from aptq.evaluate.perplexity import (
     Perplexity,
     Progress,
+    by_position,
     check_model,
     chunks,
     cut_windows,
     forward,
-    window_nll,
+    token_nlls,
 )
 
 if TYPE_CHECKING:
@@ -35,13 +36,24 @@ class Divergence:
     """KL in nats a token and share of equal top-1 tokens, of each window.
 
     Taken at the positions that perplexity predicts at; `model` and `reference` are the
-    perplexities of the two on these windows.
+    perplexities of the two on these windows, `binned` the mean KL of each window in the bins of
+    `position_bins`.  The sum of two is that of the windows of both.
     """
 
     kls: tuple[float, ...]
     agreements: tuple[float, ...]
     model: Perplexity
     reference: Perplexity
+    binned: tuple[tuple[float, ...], ...] = ()
+
+    def __add__(self, more: Self) -> Self:
+        return type(self)(
+            self.kls + more.kls,
+            self.agreements + more.agreements,
+            self.model + more.model,
+            self.reference + more.reference,
+            self.binned + more.binned,
+        )
 
     @property
     def kl(self) -> float:
@@ -75,19 +87,26 @@ def divergence(
     check_model(model, cut)
     if not isinstance(reference, Path):
         check_model(reference, cut)
-    rows: list[tuple[float, float, float, float]] = []
+    rows: list[tuple[Tensor, Tensor, Tensor]] = []  # KL and both NLLs: float64 [window - 1]
+    agreements: list[float] = []
     for index, row in enumerate(cut):
         if isinstance(reference, Path):
             wanted = _load(reference, index, row)
         else:
             wanted = forward(reference, row[None], None)[0]
         got = forward(model, row[None], device)[0]
-        rows.append((*_compare(got, wanted), window_nll(got, row), window_nll(wanted, row)))
+        kl, equal = _compare(got, wanted)
+        rows.append((kl, token_nlls(got, row), token_nlls(wanted, row)))
+        agreements.append(equal)
         if progress is not None:
             progress(index + 1, len(cut))
-    kls, agreements, of_model, of_reference = zip(*rows, strict=True)
+    kls, ours, theirs = zip(*rows, strict=True)
     return Divergence(
-        kls, agreements, Perplexity(of_model, window, bos), Perplexity(of_reference, window, bos)
+        tuple(kl.mean().item() for kl in kls),
+        tuple(agreements),
+        Perplexity.of(ours, window, bos),
+        Perplexity.of(theirs, window, bos),
+        tuple(map(by_position, kls)),
     )
 
 
@@ -142,18 +161,22 @@ def _load(folder: Path, index: int, row: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def _compare(got: Tensor, wanted: Tensor) -> tuple[float, float]:
-    """Mean KL(wanted || got) and share of equal argmax of logits [positions, vocabulary]."""
+def _compare(got: Tensor, wanted: Tensor) -> tuple[Tensor, float]:
+    """KL(wanted || got), float64 [positions] on the CPU, and the share of equal argmax.
+
+    got, wanted: logits [positions, vocabulary].
+    """
     if got.shape != wanted.shape:
         raise ValueError(
             "the two models have different vocabularies\n"
             f"model {got.shape[1]}, reference {wanted.shape[1]}\n"
             "compare a model with its own original"
         )
-    kl, equal = 0.0, 0
+    kls: list[Tensor] = []
+    equal = 0
     for part in chunks(got):
         ours = F.log_softmax(got[part].float(), dim=-1)
         theirs = F.log_softmax(wanted[part].to(got.device).float(), dim=-1)
-        kl += F.kl_div(ours, theirs, reduction="sum", log_target=True).item()
+        kls.append(F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1))
         equal += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
-    return kl / len(got), equal / len(got)
+    return torch.cat(kls).double().cpu(), equal / len(got)

@@ -7,9 +7,9 @@ pass runs in the model's dtype, the log-softmax in float32 over a few positions 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
@@ -26,12 +26,24 @@ Progress = Callable[[int, int], None]  # (windows done, windows in all)
 class Perplexity:
     """NLL in nats of each window (mean of its `window - 1` predictions) and how it was taken.
 
-    `bos` is the id put before each window, or None.
+    `bos` is the id put before each window, or None; `binned` the mean NLLs of each window in the
+    bins of `position_bins`.  The sum of two is that of the windows of both.
     """
 
     nlls: tuple[float, ...]
     window: int
     bos: int | None = None
+    binned: tuple[tuple[float, ...], ...] = ()
+
+    @classmethod
+    def of(cls, tokens: Sequence[Tensor], window: int, bos: int | None) -> Self:
+        """From the NLLs of every token, float64 [window - 1] a window."""
+        nlls = tuple(values.mean().item() for values in tokens)
+        return cls(nlls, window, bos, tuple(map(by_position, tokens)))
+
+    def __add__(self, more: Self) -> Self:
+        assert (self.window, self.bos) == (more.window, more.bos), (self.window, more.window)
+        return replace(self, nlls=self.nlls + more.nlls, binned=self.binned + more.binned)
 
     @property
     def windows(self) -> int:
@@ -51,7 +63,12 @@ class Perplexity:
     @property
     def ppl(self) -> float:
         """Perplexity; infinite where the mean NLL is beyond the range of exp."""
-        return math.exp(self.nll) if not self.nll > 700 else math.inf
+        return ppl_of(self.nll)
+
+
+def ppl_of(nll: float) -> float:
+    """The perplexity of a mean NLL in nats; infinite beyond the range of exp."""
+    return math.exp(nll) if not nll > 700 else math.inf
 
 
 def perplexity(
@@ -75,14 +92,14 @@ def perplexity(
     """
     cut = cut_windows(ids, window, limit=limit, bos=bos)
     check_model(model, cut)
-    nlls: list[float] = []
+    found: list[Tensor] = []
     for start in range(0, len(cut), batch):
         rows = cut[start : start + batch]
         logits = forward(model, rows, device)
-        nlls += [window_nll(one, row) for one, row in zip(logits, rows, strict=True)]
+        found += [token_nlls(one, row) for one, row in zip(logits, rows, strict=True)]
         if progress is not None:
-            progress(len(nlls), len(cut))
-    return Perplexity(tuple(nlls), window, bos)
+            progress(len(found), len(cut))
+    return Perplexity.of(found, window, bos)
 
 
 def cut_windows(
@@ -155,10 +172,25 @@ def chunks(logits: Tensor) -> Iterator[slice]:
 
 
 @torch.inference_mode()
-def window_nll(logits: Tensor, row: Tensor) -> float:
-    """Mean NLL in nats of `row` [window] under `logits` [window - 1, vocabulary]."""
+def token_nlls(logits: Tensor, row: Tensor) -> Tensor:
+    """NLL in nats, float64 [window - 1] on the CPU, of `row` [window] under `logits`.
+
+    logits: [window - 1, vocabulary] in any dtype; the log-softmax is computed in float32.
+    """
     labels = row[1:].to(logits.device)
-    total = 0.0
-    for part in chunks(logits):
-        total += F.cross_entropy(logits[part].float(), labels[part], reduction="sum").item()
-    return total / labels.numel()
+    parts = [
+        F.cross_entropy(logits[part].float(), labels[part], reduction="none")
+        for part in chunks(logits)
+    ]
+    return torch.cat(parts).double().cpu()
+
+
+def position_bins(window: int) -> list[tuple[int, int]]:
+    """First and last number of tokens seen, for logarithmic bins: 1, 2 to 3, 4 to 7, ..."""
+    return [(1 << bit, min((2 << bit) - 1, window - 1)) for bit in range((window - 1).bit_length())]
+
+
+def by_position(values: Tensor) -> tuple[float, ...]:
+    """Means of `values` [window - 1] in the bins of `position_bins`."""
+    bins = position_bins(len(values) + 1)
+    return tuple(values[first - 1 : last].mean().item() for first, last in bins)
