@@ -1,8 +1,9 @@
 """What people see: progress on stderr, tables on stdout."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
+import psutil
 from rich import progress
 from rich.console import Console
 from rich.table import Table
@@ -14,6 +15,8 @@ from aptq.outlook import Line, Outlook, reasons, thinned
 from aptq.report import front
 from aptq.report.summary import Summary
 from aptq.work import Step
+
+BARS = "▁▂▃▄▅▆▇█"
 
 
 def quiet_libraries() -> None:
@@ -34,6 +37,7 @@ class Display:
             progress.TimeElapsedColumn(),
             progress.TextColumn("left"),
             progress.TimeRemainingColumn(),
+            progress.TextColumn("{task.fields[memory]}"),
             console=self.console,
             disable=quiet,
             speed_estimate_period=3600,  # blocks take minutes; of 30 s nothing would be known
@@ -56,11 +60,12 @@ class Display:
         if event.phase not in self.tasks:
             # one unit tells nothing about the time left: a moving bar instead
             total = event.total if event.total > 1 else None
-            self.tasks[event.phase] = self.progress.add_task(event.phase, total=total)
+            self.tasks[event.phase] = self.progress.add_task(event.phase, total=total, memory="")
         self.progress.update(
             self.tasks[event.phase],
             completed=event.done,
             total=event.total if event.total > 1 or event.done else None,
+            memory=size(psutil.Process().memory_info().rss),
         )
 
 
@@ -115,14 +120,30 @@ def show_summary(summary: Summary) -> None:
     console.print(table)
     if len(summary.histogram) > 1:
         console.print("\n".join(_bars(summary.histogram)), highlight=False)
-    lines = []
+    console.print("\n".join(_notes(summary)), highlight=False)
+
+
+def _notes(summary: Summary) -> list[str]:
+    """What the table has no place for."""
+    lines = list(_through(summary))
     if summary.expected_loss is not None:
         lines.append(f"expected loss {_nats(summary.expected_loss)}")
     lines += [f"{summary.seconds:.1f} s, {summary.tokens:,} calibration tokens"]
-    lines += [f"{summary.fallbacks} of {summary.layers} layers needed a numerical rescue"]
+    if summary.parameters:
+        lines += [_parameters(**summary.parameters)]
+    if summary.routed is not None:
+        fewest, most = summary.routed
+        idle = summary.counts.get("idle", 0)
+        lines += [f"tokens that reached an expert: {fewest:,} to {most:,}; idle matrices {idle:g}"]
+    lines += [f"{summary.fallbacks} of {summary.layers} matrices used a fallback"]
     noted = ", ".join(f"{name} {count:g}" for name, count in sorted(summary.counts.items()))
-    lines += [f"reported by the stages: {noted}"] if noted else []
-    console.print("\n".join(lines), highlight=False)
+    return lines + ([f"reported by the stages: {noted}"] if noted else [])
+
+
+def _parameters(compressed: int, kept: int, skipped: int, total: int) -> str:
+    """What became of the parameters."""
+    parts = f"compressed {compressed:,} + kept {kept:,} + skipped {skipped:,}"
+    return f"parameters: {total:,} = {parts}"
 
 
 def _bars(histogram: Mapping[str, int]) -> list[str]:
@@ -132,6 +153,23 @@ def _bars(histogram: Mapping[str, int]) -> list[str]:
         f"{grid:<16} {count:>5} {'█' * max(1, round(40 * count / most))}"
         for grid, count in histogram.items()
     ]
+
+
+def spark(values: Sequence[float]) -> str:
+    """One character for each value, the least as the lowest bar and the largest as the highest."""
+    low, high = min(values), max(values)
+    return "".join(BARS[round((x - low) / ((high - low) or 1) * (len(BARS) - 1))] for x in values)
+
+
+def _through(summary: Summary) -> Iterator[str]:
+    """Bits and errors through the depth of the model, and what each phase took."""
+    for word, values in zip(("bits", "error"), zip(*summary.blocks, strict=True), strict=False):
+        ends = f"{min(values):.3g} to {max(values):.3g}"
+        yield f"{word} by block{' ' * (6 - len(word))}{spark(values)}  {ends}"
+    steps = [f"{name} {_duration(x['seconds'])}" for name, x in summary.phases.items()]
+    if steps:
+        most = max(x["memory"] for x in summary.phases.values())
+        yield f"{', '.join(steps)}; memory {size(most)}"
 
 
 def _nats(loss: tuple[float, float]) -> str:
@@ -224,7 +262,14 @@ def show_contents(found: Contents, *, layers: bool) -> None:
         f"{found.source} ({found.model_type}), written by aptq {found.package}",
         f"{found.bits:.4f} bits per weight, {found.nbytes:,} bytes",
     ]
-    lines += ["every hash is right"] if found.verified else []
+    lines += [_parameters(**found.parameters._asdict(), total=found.parameters.total)]
+    if found.verified is not None:
+        lines += [
+            f"every hash is right: {found.verified.files} files, {found.verified.tensors} tensors, "
+            "all layers decoded"
+        ]
+        bad = found.verified.nonfinite.items()
+        lines += [f"not finite, kept as the source has it: {name}, {n:,} values" for name, n in bad]
     console.print("\n".join(lines), highlight=False)
     if layers or found.run is None:
         table = _table("", ("layer", "grid"), ("bits", "bytes", "error"))

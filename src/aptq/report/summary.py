@@ -1,9 +1,10 @@
 """Summary of a run folder: one row a role of layers, totals, and the evaluation if there is one."""
 
 import json
+import re
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,10 @@ class Summary:
     evaluation: dict[str, Any] | None
     rule: dict[str, str] | None = None  # who made the plan, and how
     expected_loss: tuple[float, float] | None = None  # nats per token and standard error
+    blocks: tuple[tuple[float, float], ...] = ()  # bits per weight and mean error of each block
+    phases: dict[str, dict[str, float]] = field(default_factory=dict)  # seconds, bytes of memory
+    parameters: dict[str, int] = field(default_factory=dict)  # compressed, kept, skipped, total
+    routed: tuple[int, int] | None = None  # fewest and most tokens that reached an expert
 
     @property
     def histogram(self) -> dict[str, int]:
@@ -72,12 +77,14 @@ class Summary:
 def read(folder: Path) -> Summary:
     """Summary of the run in `folder`, from its log.jsonl and eval.json.  Raises ValueError."""
     try:
-        events = _events(folder)
-        (start,), (done,) = events["start"], events["done"]
-        layers = events["layer"]
+        log = events(folder)
+        (start,), (done,) = log["start"], log["done"]
+        layers = log["layer"]
         counts: Counter[str] = Counter()
         for layer in layers:
             counts.update(layer["counts"])
+        reached = [x["counts"]["tokens"] for x in layers if "tokens" in x["counts"]]
+        counts.pop("tokens", None)
         evaluated = folder / "eval.json"
         return Summary(
             source=start["source"],
@@ -91,27 +98,52 @@ def read(folder: Path) -> Summary:
             evaluation=json.loads(evaluated.read_text("utf-8")) if evaluated.is_file() else None,
             rule=start.get("rule"),
             expected_loss=tuple(start["expected_loss"]) if "expected_loss" in start else None,
+            blocks=tuple(_blocks(layers)),
+            phases=_phases(log),
+            parameters=_parameters(start, layers),
+            routed=(int(min(reached)), int(max(reached))) if reached else None,
         )
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise _broken(folder, error) from error
 
 
 def errors(folder: Path) -> dict[str, float]:
     """Relative squared error of every layer of the run in `folder`.  Raises ValueError."""
     try:
-        return {layer["name"]: layer["error"] for layer in _events(folder)["layer"]}
-    except (OSError, KeyError, TypeError, ValueError) as error:
+        return {layer["name"]: layer["error"] for layer in events(folder)["layer"]}
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise _broken(folder, error) from error
 
 
-def _events(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """The lines of the log by kind."""
-    kinds = ("start", "layer", "block", "tuned", "done")
-    found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
+def events(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The lines of the log by kind.  Raises ValueError and OSError of a log that is none."""
+    found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in ("start", "layer", "done")}
     for line in (folder / "log.jsonl").read_text("utf-8").splitlines():
         event = json.loads(line)
-        found[event["event"]].append(event)
+        found.setdefault(event["event"], []).append(event)
     return found
+
+
+def _parameters(start: dict[str, Any], layers: Iterable[dict[str, Any]]) -> dict[str, int]:
+    """What became of the model's parameters; {} in the logs of older versions."""
+    if "parameters" not in start:
+        return {}
+    sizes = {True: 0, False: 0}
+    for layer in layers:
+        sizes[layer["grid"] == "keep"] += layer["weights"]
+    total = start["parameters"]
+    found = {
+        "compressed": sizes[False],
+        "kept": sizes[True],
+        "skipped": total - sum(sizes.values()),
+    }
+    return {**found, "total": total}
+
+
+def _phases(log: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, float]]:
+    """Seconds and memory of the steps; nothing in the logs of older versions."""
+    (found,) = log.get("phases", [{}])[-1:]
+    return {key: value for key, value in found.items() if key != "event"}
 
 
 def _broken(folder: Path, error: Exception) -> ValueError:
@@ -138,6 +170,25 @@ def _rows(layers: Iterable[dict[str, Any]]) -> list[Row]:
         )
         for (role, grid), held in alike.items()
     ]
+
+
+def _blocks(layers: Iterable[dict[str, Any]]) -> Iterator[tuple[float, float]]:
+    """Bits and mean error of each block, known by the first number in the names of its layers."""
+    held: dict[int, list[dict[str, Any]]] = {}
+    for layer in layers:
+        number = block_of(layer["name"])
+        if number is not None:
+            held.setdefault(number, []).append(layer)
+    for _, some in sorted(held.items()):
+        weights = sum(x["weights"] for x in some)
+        error = sum(x["error"] * x["weights"] for x in some) / weights
+        yield 8 * sum(x["after"] for x in some) / weights, error
+
+
+def block_of(name: str) -> int | None:
+    """Number of the block that a layer is in, "model.layers.3.mlp.up_proj" -> 3."""
+    number = re.search(r"(?:^|\.)(\d+)\.", name)
+    return None if number is None else int(number[1])
 
 
 def _merged(rows: list[Row]) -> Row:
