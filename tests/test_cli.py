@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
@@ -26,11 +27,58 @@ from aptq.stats.hessian import Hessian
 from tests.tiny import tiny_model
 
 COMMON = {"--debug", "--help", "--json"}
+EXAM = {
+    *COMMON,
+    "--against",
+    "--data",
+    "--device",
+    "--length",
+    "--limit",
+    "--quiet",
+    "--reference",
+    "--seed",
+    "--tasks",
+    "--text",
+    "--windows",
+}
 OPTIONS = {
+    "bench run": {
+        "--batches",
+        "--debug",
+        "--device",
+        "--help",
+        "--json",
+        "--out",
+        "--prompt",
+        "--reference",
+        "--revision",
+        "--tokens",
+        "--turns",
+    },
+    "bench compress": {
+        "--budget",
+        "--data",
+        "--debug",
+        "--device",
+        "--grid",
+        "--help",
+        "--json",
+        "--length",
+        "--out",
+        "--recipe",
+        "--revision",
+        "--samples",
+    },
+    "adapt": {
+        *("--data", "--debug", "--device", "--grid", "--help", "--json", "--length", "--out"),
+        *("--rank", "--revision", "--samples"),
+    },
     "export": {"--debug", "--help", "--json", "--out", "--set", "--to"},
     "compress": {
         *COMMON,
         "--activations",
+        "--allow-nonfinite",
+        "--allow-partial",
         "--budget",
         "--data",
         "--device",
@@ -40,28 +88,35 @@ OPTIONS = {
         "--out",
         "--plan",
         "--profile",
+        "--quiet",
         "--recipe",
+        "--resume",
         "--revision",
         "--samples",
         "--scores",
         "--seed",
         "--strict",
+        "--verify",
     },
     "measure": {
         *COMMON,
+        "--allow-partial",
         "--activations",
         "--data",
         "--device",
         "--keep",
         "--length",
         "--out",
+        "--quiet",
         "--recipe",
+        "--resume",
         "--revision",
         "--samples",
         "--seed",
     },
     "plan": {
         *COMMON,
+        "--allow-partial",
         "--budget",
         "--context",
         "--device",
@@ -74,15 +129,8 @@ OPTIONS = {
         "--revision",
         "--scores",
     },
-    "eval": {
-        *COMMON,
-        "--data",
-        "--device",
-        "--length",
-        "--reference",
-        "--revision",
-        "--windows",
-    },
+    "eval": {*EXAM, "--revision"},
+    "compare": {*EXAM, "--html"},
     "generate": {
         *COMMON,
         "--device",
@@ -93,9 +141,12 @@ OPTIONS = {
         "--tokens",
     },
     "info": {*COMMON, "--layers", "--verify"},
+    "report": {*COMMON, "--compare", "--out"},
     "list": {*COMMON, "--markdown"},
+    "verify": COMMON,
 }
 ROOT = Path(__file__).parents[1]
+NAME = "model.safetensors"
 SMALL = ["--samples", "2", "--length", "16"]
 
 
@@ -141,7 +192,8 @@ def scores(model: Path, recipes: dict[str, Path]) -> Path:
 
 
 def test_options_are_frozen() -> None:
-    commands = get_command(app).commands  # type: ignore[attr-defined]
+    commands = dict(get_command(app).commands)  # type: ignore[attr-defined]
+    commands |= {f"bench {name}": each for name, each in commands.pop("bench").commands.items()}
     found = {
         name: {text for option in command.params for text in option.opts if text[0] == "-"}
         | {"--help"}
@@ -170,7 +222,7 @@ def test_list_of_methods_is_up_to_date() -> None:
 
 def test_every_command_explains_itself() -> None:
     for name in OPTIONS:
-        done = run(name, "--help")
+        done = run(*name.split(), "--help")
         assert done.exit_code == 0
         assert "Usage" in done.output
 
@@ -181,7 +233,8 @@ def test_version() -> None:
 
 def test_compress_writes_a_run_folder(compressed: Path) -> None:
     names = {path.name for path in compressed.iterdir()}
-    assert names == {"recipe.toml", "plan.json", "log.jsonl", "README.md", "checkpoint"}
+    files = {"recipe.toml", "plan.json", "log.jsonl", "README.md", "identity.json"}
+    assert names == {*files, "checkpoint"}
     assert not compressed.with_name(compressed.name + ".partial").exists()
     carried = {path.name for path in (compressed / "checkpoint").iterdir()}
     assert carried >= {"aptq.json", "config.json", "tokenizer.json", "generation_config.json"}
@@ -257,6 +310,11 @@ def test_info_shows_what_is_stored(compressed: Path) -> None:
     assert bare["bits"] == found["bits"]
     assert "down_proj" in run("info", compressed, "--layers").output
     assert "every hash is right" in run("info", compressed, "--verify").output
+    parameters = found["parameters"]
+    assert parameters == found["run"]["parameters"]
+    assert parameters["compressed"] + parameters["kept"] + parameters["skipped"] == sum(
+        tensor.numel() for tensor in load_file(compressed.parent / "llama" / NAME).values()
+    )
 
 
 def test_list_shows_methods() -> None:
@@ -326,6 +384,7 @@ def test_damage_is_found(compressed: Path, tmp_path: Path) -> None:
     shard.write_bytes(data)
     assert run("info", copy).exit_code == 0
     assert run("info", copy, "--verify").exit_code == 6
+    assert run("verify", copy).exit_code == 6
     shard.write_bytes(data[:-8])
     for words in (["info", copy], ["eval", copy], ["generate", copy, "x"]):
         assert run(*words).exit_code == 6

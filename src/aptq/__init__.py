@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from aptq import hook
 
 if TYPE_CHECKING:
+    from aptq.adapting import adapt as adapt
     from aptq.assessing import assess as assess
     from aptq.core.budget import Budget as Budget
     from aptq.core.grid import Grid as Grid
@@ -36,6 +37,7 @@ _HOME = {  # public name -> the module that holds it
     "Recipe": "aptq.recipe",
     "Scores": "aptq.core.scores",
     "Stage": "aptq.engine.stage",
+    "adapt": "aptq.adapting",
     "assess": "aptq.assessing",
     "compress": "aptq.pipeline",
     "export_to": "aptq.exporting",

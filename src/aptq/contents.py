@@ -10,6 +10,8 @@ from aptq.options import Option, describe
 from aptq.report import summary
 from aptq.report.summary import Summary
 from aptq.store.checkpoint import Checkpoint
+from aptq.store.verify import Account, Verified, account
+from aptq.store.verify import verify as sound
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,23 +35,25 @@ class Contents:
     bits: float
     nbytes: int
     layers: tuple[LayerLine, ...]
-    verified: bool
+    parameters: Account
+    verified: Verified | None
     run: Summary | None
 
     def to_json(self) -> dict[str, Any]:
         """The contents as plain values."""
         run = None if self.run is None else self.run.to_json()
-        return {**asdict(self), "run": run}
+        parameters = {**self.parameters._asdict(), "total": self.parameters.total}
+        verified = None if self.verified is None else self.verified._asdict()
+        return {**asdict(self), "parameters": parameters, "verified": verified, "run": run}
 
 
 def contents(folder: Path, *, verify: bool = False) -> Contents:
-    """Open the checkpoint in `folder` and check it; with `verify` also every hash.
+    """Open the checkpoint in `folder` and check it; with `verify` also every hash and value.
 
     Raises ValueError where there is none, Corrupt where it is damaged.
     """
     checkpoint = Checkpoint.open(folder)
-    if verify:
-        checkpoint.verify()
+    verified = sound(checkpoint) if verify else None
     logged = (folder / "log.jsonl").is_file()
     errors = summary.errors(folder) if logged else {}
     manifest = checkpoint.manifest
@@ -67,7 +71,8 @@ def contents(folder: Path, *, verify: bool = False) -> Contents:
         bits=checkpoint.plan.bits(manifest.shapes, itemsize),
         nbytes=checkpoint.nbytes,
         layers=tuple(lines),
-        verified=verify,
+        parameters=account(checkpoint),
+        verified=verified,
         run=summary.read(folder) if logged else None,
     )
 

@@ -51,7 +51,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         return construct(hint, value, where)
     if hint is Path and isinstance(value, str):
         return Path(value)
-    if hint is float and type(value) is int:
+    if hint is float and type(value) is int and abs(value) < 1 << 53:
         return float(value)
     plain_class = isinstance(hint, type) and origin is None
     stray_bool = isinstance(value, bool) and hint is not bool  # Python counts it as an int

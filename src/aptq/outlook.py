@@ -10,14 +10,23 @@ import torch
 from aptq.core.budget import Budget
 from aptq.core.expected import expected_error
 from aptq.core.grid import Grid
-from aptq.core.plan import Plan
+from aptq.core.plan import Plan, Target
 from aptq.core.problem import code_bits
 from aptq.core.scores import Scores
 from aptq.effort import Effort, effort
 from aptq.footprint import Running, running
 from aptq.model.model import Model
 from aptq.planner import Choice, Point
-from aptq.planning import Size, choose, grids, kept_names, planner, sizer, wants_scores
+from aptq.planning import (
+    Size,
+    choose,
+    grids,
+    kept_names,
+    planner,
+    ragged,
+    sizer,
+    wants_scores,
+)
 from aptq.recipe import Recipe
 
 ROWS = 16  # points of the front that a table shows
@@ -112,6 +121,7 @@ def look(
         line, note = _line(model, single, choice, context, device)
         lines.append(line)
         notes += [note] if note else []
+        notes += ragged(choice.plan, {**model.shapes, **model.outer_shapes})
     unit, front = _front(model, recipe, scores, size)
     whole = size(Plan.uniform(model.shapes, Grid("bf16"), keep=["*"]))
     return Outlook(
@@ -166,6 +176,18 @@ def _front(
         if not best or point.loss < best[-1].loss:
             best.append(point)
     return "squared rounding error of normal weights", tuple(best)
+
+
+def recorded(model: Model, recipe: Recipe, scores: Scores) -> dict[str, Any]:
+    """For the log of a run: points of the front, and the bits of every candidate that fits all."""
+    unit, front = _front(model, recipe, scores, sizer(model))
+    shapes = {name: model.shapes[name] for name in scores.losses if name in model.shapes}
+    bits = {
+        text: Plan(dict.fromkeys(shapes, target)).bits(shapes, model.dtype.itemsize)
+        for text, target in ((text, Target.parse(text)) for text in scores.candidates)
+        if all(target.fits(shape) for shape in shapes.values())
+    }
+    return {"unit": unit, "points": [point[:4] for point in thinned(front, 64)], "bits": bits}
 
 
 def thinned(points: Sequence[Point], most: int = ROWS) -> list[Point]:

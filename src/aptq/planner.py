@@ -10,7 +10,7 @@ from aptq.core.budget import Budget
 from aptq.core.expected import expected_error
 from aptq.core.grid import Grid
 from aptq.core.hull import steps
-from aptq.core.plan import Plan, Shapes
+from aptq.core.plan import Candidate, Plan, Shapes, Target
 from aptq.core.problem import Problem, Unit, code_bits
 from aptq.core.scores import Scores
 from aptq.core.search import Room, Search
@@ -34,7 +34,7 @@ class Choice:
     """A plan and what it takes."""
 
     plan: Plan
-    grid: Grid | None  # None: not one for all layers
+    grid: Candidate | None  # None: not one for all layers
     bits: float  # bits per weight of the linears in the blocks
     nbytes: int  # all files of the checkpoint
     loss: float | None = None  # expected, nats per token; None where the scores cannot tell
@@ -192,7 +192,7 @@ class Planner:
 
 def uniform(
     shapes: Shapes,
-    grids: Sequence[Grid],
+    grids: Sequence[Candidate],
     budget: str,
     *,
     keep: Sequence[str] = (),
@@ -212,9 +212,10 @@ def uniform(
             "give --grid int4-g64-z or --budget 4bpw"
         )
 
-    plans = {grid: Plan.uniform(shapes, grid, keep) for grid in grids or CANDIDATES}
+    known: Sequence[Candidate] = grids or CANDIDATES
+    plans = {grid: Plan.uniform(shapes, grid, keep) for grid in known}
 
-    def choice(grid: Grid) -> Choice:
+    def choice(grid: Candidate) -> Choice:
         return Choice(plans[grid], grid, plans[grid].bits(shapes, itemsize), size(plans[grid]))
 
     if not budget:
@@ -232,11 +233,19 @@ def uniform(
         slim = limit.bpw is None or plans[grid].bits(shapes, itemsize) <= limit.bpw
         if slim and all(room.size(plans[grid]) <= room.limit for room in rooms):
             return choice(grid)
-    least, most = (choice(extreme(plans, key=stored.__getitem__)) for extreme in (min, max))
-    raise Infeasible(
+    extremes = [choice(extreme(plans, key=stored.__getitem__)) for extreme in (min, max)]
+    kept = [shapes[x] for x, target in extremes[0].plan.targets.items() if target.kept]
+    raise _none_fits(budget, extremes, sum(Target().nbytes(shape, itemsize) for shape in kept))
+
+
+def _none_fits(budget: str, extremes: Sequence[Choice], kept: int) -> Infeasible:
+    """extremes: the smallest and the largest choice; kept: bytes of layers that stay."""
+    least, most = extremes
+    return Infeasible(
         f"no grid fits the budget {budget}\n"
         f"smallest {least.grid}: {least.bits:.4g} bpw, {least.nbytes:,} bytes; "
-        f"largest {most.grid}: {most.bits:.4g} bpw, {most.nbytes:,} bytes\n"
+        f"largest {most.grid}: {most.bits:.4g} bpw, {most.nbytes:,} bytes; "
+        f"kept layers: {kept:,} bytes\n"
         f"raise the budget, allow smaller grids, or keep fewer layers"
     )
 

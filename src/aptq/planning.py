@@ -9,12 +9,12 @@ from typing import Literal
 from aptq.core.budget import Budget
 from aptq.core.grid import Grid
 from aptq.core.kquants import KQUANTS
-from aptq.core.plan import PartSpec, Plan, Shapes, Target
+from aptq.core.plan import Candidate, Plan, Shapes, Target, target_of
 from aptq.core.scores import Scores
 from aptq.core.search import Room
 from aptq.core.units import TILES, Wishes, coupled
+from aptq.engine.candidate import exact
 from aptq.engine.data import Data
-from aptq.engine.measure import exact
 from aptq.engine.tape import tape_bytes
 from aptq.footprint import weight_bytes, weight_limit
 from aptq.model.model import Model
@@ -87,7 +87,7 @@ def measuring_bytes(model: Model, recipe: Recipe, scoring: bool) -> int:
     return tape + sum(target.nbytes(shape) for target in lossy for shape in shapes)
 
 
-def grids(recipe: Recipe) -> tuple[Grid, ...]:
+def grids(recipe: Recipe) -> tuple[Candidate, ...]:
     """The candidate grids that the recipe's engine runs.  Raises ValueError if there is none."""
     runs = {"gguf": GGUF, "vllm": VLLM}.get(recipe.profile)
     if runs is None:
@@ -116,7 +116,19 @@ def held_by(profile: str, target: Target, shape: tuple[int, int]) -> bool:
 
 def candidates(recipe: Recipe) -> tuple[Target, ...]:
     """What a layer may become."""
-    return tuple(Target((PartSpec(grid),)) for grid in grids(recipe))
+    return tuple(map(target_of, grids(recipe)))
+
+
+def ragged(plan: Plan, shapes: Shapes) -> list[str]:
+    """A line on layers whose columns no whole number of groups fills; [] where there are none."""
+    odd = [
+        f"{name} ({shapes[name][1]} columns, {target.grid})"
+        for name, target in plan.targets.items()
+        if target.grid is not None and shapes[name][1] % (target.grid.group or 1)
+    ]
+    more = f", first {', '.join(odd[:5])}"
+    text = f"note: {len(odd)} layers have a smaller last group, which not every engine runs{more}"
+    return [text] if odd else []
 
 
 def choosable(model: Model, recipe: Recipe) -> Shapes:

@@ -16,6 +16,7 @@ import tomli_w
 from aptq.allocate import Allocator, allocators
 from aptq.core.budget import Budget
 from aptq.core.plan import Candidate, candidate
+from aptq.core.reading import printable, read_bytes
 from aptq.engine.data import Data
 from aptq.engine.measure import Measure
 from aptq.engine.stage import Stage, methods
@@ -97,15 +98,21 @@ class Recipe:
             return cls.parse(shipped.read_text("utf-8"), str(source))
         if not path.is_file():
             raise ValueError(f"no recipe at {path}\nthe file does not exist\ncheck the path")
-        return cls.parse(path.read_text("utf-8"), str(path))
+        try:
+            text = read_bytes(path).decode("utf-8")
+        except ValueError as error:
+            instead = "give a small text file in UTF-8"
+            raise ValueError(f"{path} is no recipe\n{printable(error)}\n{instead}") from error
+        return cls.parse(text, str(path))
 
     @classmethod
     def parse(cls, text: str, where: str) -> "Recipe":
         """The recipe in TOML `text`; `where` names it in errors."""
         try:
             table = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"{where} is not TOML\n{error}\ncorrect that line") from error
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
+            reason = printable(error)
+            raise ValueError(f"{where} is not TOML\n{reason}\ncorrect that line") from error
         known = ("stage", *(x.name for x in dataclasses.fields(cls) if x.name != "stages"))
         for key in table:
             if key not in known:

@@ -5,16 +5,20 @@ from pathlib import Path
 
 from torch import Tensor
 
+from aptq.core.plan import Plan
 from aptq.core.profile import Profiles
 from aptq.core.scores import Scores
 from aptq.engine.backward import Observed, backward_walk
 from aptq.engine.judge import fit_factor
 from aptq.engine.measure import Subject
+from aptq.engine.siblings import lent
 from aptq.engine.tape import open_tape
 from aptq.engine.walk import Progress
 from aptq.planning import candidates, choosable, kept_names, measuring_data, wants_profiles
 from aptq.recipe import Recipe
+from aptq.runfolder import RunFolder
 from aptq.stats.gradient import Gradient, gradient
+from aptq.stats.importance import GradientMarked, Importance
 from aptq.work import Work
 
 
@@ -25,6 +29,8 @@ def score(work: Work, recipe: Recipe, folder: Path) -> Scores:
     """
     measure, model = recipe.measure, work.model
     assert measure is not None, "the recipe measures nothing"
+    if (kept := work.recall("scores")) is not None:
+        return Scores.load(kept)
     profiles = None
     # else it finds them on its way, which is too late for walks before it
     if wants_profiles(recipe) and (measure.tuned or not measure.backward):
@@ -43,16 +49,25 @@ def score(work: Work, recipe: Recipe, folder: Path) -> Scores:
         profiles=profiles,
         order=recipe.order,
     )
-    found = measure.run(subject)
+    kept = work.recall("table")
+    if kept is None:
+        found = measure.run(subject)
+        found = replace(found, losses=lent(found.losses), noise=lent(found.noise))
+    else:
+        found = Scores.load(kept)
     if recipe.nats and found.unit == "relative":
+        work.remember("table", found.text())
         fitting = replace(subject, report=lambda done: work.show("fit nats", done))
         found = fit_factor(fitting, found)
+    work.remember("scores", found.text())
     return found
 
 
 def measure_profiles(work: Work, recipe: Recipe, folder: Path) -> Profiles:
     """Mean squared output gradients of every layer by position, from one backward walk."""
     ids = _windows(work, recipe)
+    if work.recall("profiles") is not None:
+        return Profiles(ids.shape[1], work.journals[0].tensors("profiles"))
     found: dict[str, Tensor] = {}
 
     def visit(block: Observed) -> None:
@@ -67,7 +82,40 @@ def measure_profiles(work: Work, recipe: Recipe, folder: Path) -> Profiles:
 
     tape = open_tape(work.model, ids, device=work.device, folder=folder, where=work.activations)
     backward_walk(work.model, tape, ids, visit, seed=recipe.seed, report=report)
+    work.remember("profiles", found)
     return Profiles(ids.shape[1], found)
+
+
+def measure_marks(work: Work, recipe: Recipe, plan: Plan, run: RunFolder) -> dict[str, Tensor]:
+    """Places of outliers that stages choose by gradients of the loss, from one backward walk."""
+    stages = [stage for stage in recipe.stages if isinstance(stage, GradientMarked)]
+    if run.state.path("marks") is not None:
+        return run.state.tensors("marks")
+    found: dict[str, Tensor] = {}
+
+    def visit(block: Observed) -> None:
+        layers = []
+        for name, layer in block.layers.items():
+            layer.target = plan.targets[name]
+            layers += [layer] if layer.target.part("sparse") is not None else []
+        if layers:
+            block.observe([Importance()], layers)
+        for layer in layers:
+            spec = layer.target.part("sparse")
+            assert spec is not None, layer.name
+            places = stages[0].places(layer, spec.count((len(layer.weight), layer.weight.shape[1])))
+            if places is not None:
+                found[layer.name] = places.cpu()
+
+    def report(done: Progress) -> None:
+        work.show("mark", done)
+
+    ids = _windows(work, recipe)
+    tape = open_tape(work.model, ids, device=work.device, folder=run.work, where=work.activations)
+    backward_walk(work.model, tape, ids, visit, labels="data", seed=recipe.seed, report=report)
+    run.state.put_tensors("marks", found)
+    run.state.publish()
+    return found
 
 
 def _windows(work: Work, recipe: Recipe) -> Tensor:

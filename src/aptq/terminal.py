@@ -263,13 +263,9 @@ def show_contents(found: Contents, *, layers: bool) -> None:
         f"{found.bits:.4f} bits per weight, {found.nbytes:,} bytes",
     ]
     lines += [_parameters(**found.parameters._asdict(), total=found.parameters.total)]
-    if found.verified is not None:
-        lines += [
-            f"every hash is right: {found.verified.files} files, {found.verified.tensors} tensors, "
-            "all layers decoded"
-        ]
-        bad = found.verified.nonfinite.items()
-        lines += [f"not finite, kept as the source has it: {name}, {n:,} values" for name, n in bad]
+    if (held := found.verified) is not None:
+        lines += [f"every hash is right: {held.files} files, {held.tensors} tensors, all decoded"]
+        lines += [f"not finite in the source: {x}, {n:,} values" for x, n in held.nonfinite.items()]
     console.print("\n".join(lines), highlight=False)
     if layers or found.run is None:
         table = _table("", ("layer", "grid"), ("bits", "bytes", "error"))

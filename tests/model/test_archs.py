@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from aptq.model.archs import ARCHS, Arch, Group, table_entry
 from aptq.model.dry import Call, record
 from aptq.model.layout import expand
-from aptq.model.model import Model, build_skeleton
+from aptq.model.model import Model
+from aptq.model.skeleton import build_skeleton
 from aptq.model.trace import trace
 from tests.tiny import TABLE, TINY, tiny_tokens
 

@@ -100,6 +100,17 @@ def _head(tensors: int, values: int, version: int = 3) -> bytes:
         (_head(0, 1) + _text(b"general.alignment") + struct.pack("<II", 4, 3), "power of two"),
         (_head(1, 0) + _text(b"t") + struct.pack("<I", 99) + bytes(90), "99 dimensions"),
         (_head(1, 0) + _text(b"t") + struct.pack("<IQIQ", 1, 4, 0, 1 << 40), "beyond the end"),
+        (_head(1, 0) + _text(b"t") + struct.pack("<IQIQ", 1, 64, 0, 0) + bytes(99), "beyond"),
+        (_head(1, 0) + _text(b"t") + struct.pack("<IQIQ", 1, 4, 99, 0), "unknown type 99"),
+        (_head(1, 0) + _text(b"t") + struct.pack("<IQIQ", 1, 31, 2, 0), "in blocks of 32"),
+        (_head(1, 0) + _text(b"t") + struct.pack("<IQIQ", 1, 0, 0, 0), "shape"),
+        (_head(1, 0) + _text(b"t") + struct.pack("<IQIQ", 1, 4, 0, 1), "at offset 1"),
+        (_head(1, 0) + _text(b"t") + struct.pack("<I", 0) + bytes(90), "0 dimensions"),
+        (_head(1, 0) + _text(b"t" * 65) + bytes(90), "a tensor of 65 bytes"),
+        (_head(1, 0) + _text(b"") + bytes(90), "a tensor of 0 bytes"),
+        (_head(2, 0) + (_text(b"t") + struct.pack("<IQIQ", 1, 4, 0, 0)) * 2 + bytes(90), "twice"),
+        (_head(0, 2) + (_text(b"a") + struct.pack("<II", 4, 1)) * 2, "a key twice"),
+        (_head(0, 1) + _text(b"x.block_count") + struct.pack("<II", 4, 9), "9 blocks"),
     ],
 )
 def test_unsound_files_are_refused(data: bytes, reason: str, tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from transformers import AutoConfig
 from aptq.model.archs import ARCHS, Arch
 from aptq.model.dry import foreign
 from aptq.model.layout import expand
-from aptq.model.model import build_skeleton
 from aptq.model.normalise import Experts, normalise
+from aptq.model.skeleton import build_skeleton
 from aptq.model.trace import trace
 from tests.tiny import TINY, TRACED
 

@@ -11,9 +11,13 @@ from typing import Annotated
 import typer
 
 from aptq import __version__
+from aptq.cli.adapting import adapt
+from aptq.cli.benching import bench
 from aptq.cli.common import exit_code
 from aptq.cli.compressing import compress, export, measure, plan
-from aptq.cli.looking import evaluate, generate, info, list_methods
+from aptq.cli.evaluating import compare, evaluate
+from aptq.cli.looking import generate, info, list_methods, verify
+from aptq.cli.reporting import report
 
 __all__ = ["app", "exit_code", "main"]
 
@@ -22,10 +26,15 @@ app.command()(compress)
 app.command()(measure)
 app.command()(plan)
 app.command()(export)
+app.command()(adapt)
 app.command("eval")(evaluate)
+app.command()(compare)
 app.command()(generate)
 app.command()(info)
+app.command()(verify)
+app.command()(report)
 app.command("list")(list_methods)
+app.add_typer(bench, name="bench")
 
 
 def _version(wanted: bool) -> None:

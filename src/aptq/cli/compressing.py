@@ -1,7 +1,7 @@
 """The commands that choose and make: compress, measure, plan, export."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -29,6 +29,16 @@ def compress(
         bool, typer.Option("--strict", help="Stop where a layer needs a numerical rescue")
     ] = False,
     activations: common.Activations = "auto",
+    nonfinite: Annotated[
+        Literal["refuse", "keep"],
+        typer.Option("--allow-nonfinite", help="keep leaves matrices with NaN or Inf as they are"),
+    ] = "refuse",
+    partial: common.Partial = False,
+    resume: common.Resume = "auto",
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Know the source by SHA-256, not by size and time")
+    ] = False,
+    quiet: common.Quiet = False,
     as_json: common.Json = False,
     debug: common.Debug = False,
 ) -> None:
@@ -38,6 +48,7 @@ def compress(
         from aptq import pipeline
         from aptq.core.plan import Plan
         from aptq.core.scores import Scores
+        from aptq.preflight import Allow
         from aptq.recipe import Recipe
         from aptq.terminal import Display, quiet_libraries, show_summary
 
@@ -52,13 +63,14 @@ def compress(
             length=length,
             seed=seed,
         )
-        with Display(quiet=as_json) as display:
+        with Display(quiet=as_json or quiet) as display, common.interruptible() as stop:
             given = None if plan is None else Plan.load(plan)
             table = None if scores is None else Scores.load(scores)
-            how = (device, revision, strict, activations, display)
+            allow = Allow(nonfinite=nonfinite == "keep", partial=partial)
+            how = (device, revision, strict, activations, display, allow, resume, verify, stop)
             made = pipeline.compress_each(model, out, chosen, given, table, *how)
         for folder, done in made.items():
-            if not as_json:
+            if not (as_json or quiet):
                 show_summary(done)
                 typer.echo(f"written to {folder}")
         if as_json:
@@ -78,12 +90,16 @@ def measure(
     device: common.Device = "auto",
     revision: common.Revision = None,
     activations: common.Activations = "auto",
+    partial: common.Partial = False,
+    resume: common.Resume = "auto",
+    quiet: common.Quiet = False,
     as_json: common.Json = False,
     debug: common.Debug = False,
 ) -> None:
     """Measure how much every layer of MODEL would suffer at every candidate grid."""
     with guard(debug):
         from aptq import pipeline
+        from aptq.preflight import Allow
         from aptq.recipe import Recipe
         from aptq.terminal import Display, quiet_libraries, show_scores
 
@@ -91,7 +107,7 @@ def measure(
         chosen = Recipe.load(recipe).adapt(
             keep=tuple(keep or ()), source=data, samples=samples, length=length, seed=seed
         )
-        with Display(quiet=as_json) as display:
+        with Display(quiet=as_json or quiet) as display, common.interruptible() as stop:
             scores = pipeline.measure(
                 model,
                 out,
@@ -100,10 +116,13 @@ def measure(
                 revision=revision,
                 activations=activations,
                 report=display,
+                allow=Allow(partial=partial),
+                resume=resume,
+                stop=stop,
             )
         if as_json:
             print_json({"out": str(out), "measure": scores.measure, "unit": scores.unit})
-        else:
+        elif not quiet:
             show_scores(scores)
             typer.echo(f"written to {out}")
 
@@ -119,6 +138,7 @@ def plan(
     context: Annotated[int, typer.Option(help="Tokens that it shall hold when it runs")] = 8192,
     out: Annotated[Path | None, typer.Option(help="Write plan.json, of one budget")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the picture as an HTML file")] = None,
+    partial: common.Partial = False,
     device: common.Device = "auto",
     revision: common.Revision = None,
     as_json: common.Json = False,
@@ -128,6 +148,7 @@ def plan(
     with guard(debug):
         from aptq import pipeline
         from aptq.core.scores import Scores
+        from aptq.preflight import Allow
         from aptq.recipe import Recipe
         from aptq.report import front
         from aptq.terminal import quiet_libraries, show_outlook
@@ -143,6 +164,7 @@ def plan(
             context=context,
             device=device,
             revision=revision,
+            allow=Allow(partial=partial),
         )
         if out is not None:
             found.single().choice.plan.save(out)

@@ -1,4 +1,4 @@
-"""The commands that look at models and at the package: eval, generate, info, list."""
+"""The commands that look at models and at the package: generate, info, verify, list."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,43 +6,6 @@ from typing import Annotated
 import typer
 
 from aptq.cli.common import Debug, Device, Json, Revision, Source, guard, print_json
-
-
-def evaluate(
-    model: Source,
-    reference: Annotated[str | None, typer.Option(help="The original, to compare with")] = None,
-    data: Annotated[
-        str, typer.Option(help="File, hub:NAME or builtin:pydoc (its end)")
-    ] = "builtin:pydoc",
-    windows: Annotated[int | None, typer.Option(help="Windows (default: all of the text)")] = None,
-    length: Annotated[int, typer.Option(help="Tokens in a window")] = 2048,
-    device: Device = "auto",
-    revision: Revision = None,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Perplexity of MODEL, and its divergence from a reference, on the same tokens."""
-    with guard(debug):
-        from aptq.assessing import assess
-        from aptq.engine.data import Data
-        from aptq.terminal import Display, quiet_libraries, show_evaluation
-
-        quiet_libraries()
-        with Display(quiet=as_json) as display:
-            result = assess(
-                model,
-                reference=reference,
-                data=Data(source=data),
-                windows=windows,
-                window=length,
-                device=device,
-                revision=revision,
-                report=display,
-            )
-        if as_json:
-            print_json(result)
-        else:
-            show_evaluation(result)
 
 
 def generate(
@@ -91,6 +54,15 @@ def info(
             print_json(found.to_json())
         else:
             show_contents(found, layers=layers)
+
+
+def verify(
+    run: Annotated[Path, typer.Argument(help="Run folder or checkpoint")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Read all of a checkpoint: hashes, schema, shapes, codes, scales; exit code 6 on damage."""
+    info(run, layers=False, verify=True, as_json=as_json, debug=debug)
 
 
 def list_methods(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from aptq.core.profile import Profiles
 from aptq.engine.heap import trim_heap
 from aptq.engine.layer import Layer
 from aptq.engine.origin import Origin
+from aptq.engine.shown import Shown
+from aptq.engine.siblings import lend
 from aptq.engine.stat import Seen, Stat
 from aptq.engine.stream import Stream, sliced
 from aptq.engine.weighting import Weighting
@@ -21,14 +23,6 @@ from aptq.model.normalise import Experts
 from aptq.model.watch import AttentionTrace, Lookup, watched
 
 Order = Literal["block", "group"]
-
-
-class Shown(NamedTuple):
-    """Started statistics of a layer, or those that its group shares."""
-
-    layer: Layer
-    stats: dict[Stat, Stat]
-    weights: Tensor | None  # [length] of the layer's rows by their position, for own statistics
 
 
 def _untraced(_path: str) -> AttentionTrace | None:
@@ -60,6 +54,7 @@ class Block:
         self._trace: Lookup = _untraced  # of a linear while its batch is on its way
         self.origin, self._before = origin, dict[str, Tensor]()  # its inputs of that batch
         self.records: list[dict[str, Any]] = []  # what stages report of the whole block
+        self.notes: list[dict[str, Any]] = []  # what the walk has seen of it, for the report
         known = profiles or Profiles(0, {})
         self.weighting = Weighting(known, self.layers, stream)
         for group in self.groups:
@@ -72,6 +67,7 @@ class Block:
                     continue
                 layer.window = known.window
                 layer.profile = known.of.get(path)
+                layer.marked = known.marks.get(path)
                 self.layers[path] = layer
 
     def _open(self, path: str, role: str, linear: nn.Linear, plan: Plan) -> Layer | None:
@@ -131,7 +127,7 @@ class Block:
                 layers = self.open_layers(group)
                 shown = self._start(layers, dict.fromkeys((x.name for x in layers), needs))
                 self._fresh.setdefault(self.groups.index(group), set()).update(needs)
-                handle = first.register_forward_pre_hook(self._watch(first, shown))
+                handle = first.register_forward_pre_hook(self._watch(first, shown, layers))
                 stack.callback(handle.remove)
             with torch.inference_mode():
                 for windows, call in self.stream.inputs(self.index):
@@ -141,6 +137,7 @@ class Block:
                         self._before = self.origin.inputs(windows, paths)
                     call.run(self.module)
         self._before = {}
+        lend(map(self.open_layers, groups))
 
     @contextmanager
     def _watching(self, needs: Collection[Stat]) -> Iterator[None]:
@@ -171,33 +168,32 @@ class Block:
                 layer.stats[need] = sums[need]
             if own:
                 asked = any(need.weighted for need in own)
-                shown.append(Shown(layer, own, self.weighting.counted(layer) if asked else None))
+                shown.append(Shown.of(layer, own, self.weighting.counted(layer) if asked else None))
         asked = any(need.weighted for need in shared)
-        return [Shown(layers[0], shared, self.weighting.mean(layers) if asked else None), *shown]
+        weights = self.weighting.mean(layers) if asked else None
+        return [Shown.of(layers[0], shared, weights), *shown]
 
-    def _watch(self, linear: nn.Linear, shown: Sequence[Shown]) -> Callable[..., None]:
-        """A hook that shows the input of `linear` to statistics, row by row."""
+    def _watch(
+        self, linear: nn.Linear, shown: Sequence[Shown], layers: Sequence[Layer]
+    ) -> Callable[..., None]:
+        """A hook that shows the input of `linear`, that of `layers`, to statistics, row by row."""
         owner = self._owner(linear)
+        if owner is not None:
+            for layer in layers:
+                layer.counts["tokens"] = 0.0
         path = next(name for name, one in self.linears.items() if one is linear)
 
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             seen = self._seen(args[0], owner)
             if owner is None:  # rows of experts may be routed differently
                 seen = seen._replace(original=self._before.get(path))
+            else:
+                for layer in layers:
+                    layer.counts["tokens"] += len(seen.x)
             for one in shown:
-                self._show(one, seen)
+                one.show(seen, self._trace)
 
         return hook
-
-    def _show(self, shown: Shown, seen: Seen) -> None:
-        """Show a batch to statistics, own ones with what is known of their layer."""
-        if shown.weights is not None and seen.position is not None:
-            seen = seen._replace(weight=shown.weights[seen.position])
-        for need, stat in shown.stats.items():
-            if need.watches:
-                stat.update(seen._replace(attention=self._trace(shown.layer.name)))
-            else:
-                stat.update(seen)
 
     def _owner(self, linear: nn.Linear) -> Experts | None:
         """The experts that `linear` belongs to: they know which tokens its rows are."""
@@ -217,7 +213,9 @@ class Block:
             tokens = tokens if x.shape[0] % length == 0 else None
         if tokens is None:
             return Seen(x, None, length)
-        return Seen(x, tokens % length, length, (tokens // length + self._window) % 2)
+        whole = None if owner is not None else ((1.0, length),)
+        half = (tokens // length + self._window) % 2
+        return Seen(x, tokens % length, length, half, stretches=whole)
 
     def commit(self, group: ResolvedGroup) -> None:
         """Put the sum of parts into the module, so that later passes see it."""
@@ -266,6 +264,12 @@ class Block:
             self._fresh.pop(number, None)
             for layer in self.open_layers(self.groups[number]):
                 layer.stats.clear()
+
+    def error(self) -> float:
+        """Relative squared error of the weights of all layers that have parts."""
+        layers = [layer for layer in self.layers.values() if layer.parts]
+        total = sum(float(layer.weight.square().sum()) for layer in layers)
+        return sum(float(x.residual().square().sum()) for x in layers) / total if total else 0.0
 
     def stored(self) -> dict[str, Tensor]:
         """Everything to write for this block by full name: parts, and what was kept as it is."""

@@ -29,6 +29,7 @@ class Kept(NamedTuple):
     others: dict[str, Tensor]  # every other tensor of the block's module, by its name there
     counts: dict[str, dict[str, float]]
     records: list[dict[str, Any]]
+    notes: list[dict[str, Any]]
 
 
 @dataclass
@@ -57,7 +58,7 @@ class Compressed:
         }
         parts = {n: [moved(p, cpu) for p in x.parts] for n, x in block.layers.items()}
         counts = {name: layer.counts for name, layer in block.layers.items()}
-        self.blocks[block.index] = Kept(parts, others, counts, block.records)
+        self.blocks[block.index] = Kept(parts, others, counts, block.records, block.notes)
 
     def open(self, index: int, stream: Stream) -> Block:
         """The finished block on the device; to be closed by `Model.unload`."""
@@ -80,7 +81,7 @@ class Compressed:
         state = module.state_dict(keep_vars=True)
         for name, tensor in kept.others.items():
             state[name].data = tensor.to(self.device)
-        block.records = kept.records
+        block.records, block.notes = kept.records, kept.notes
         return block
 
     def stream(self, name: str = "hidden") -> Stream:

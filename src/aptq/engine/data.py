@@ -156,6 +156,18 @@ def check_ids(ids: Tensor, limits: Limits, where: str) -> None:
         )
 
 
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, limits: Limits) -> None:
+    """Refuse a tokenizer whose own tokens (added ones aside) go beyond the embedding.
+
+    Families such as Gemma 3 have added tokens without a row, which text never gives.
+    Raises ValueError.
+    """
+    added = tokenizer.get_added_vocab().keys()
+    own = [index for token, index in tokenizer.get_vocab().items() if token not in added]
+    name = f"{type(tokenizer).__name__} of {len(tokenizer)} tokens"
+    check_ids(torch.tensor(own, dtype=torch.int64), limits, name)
+
+
 def token_stream(
     data: Data, tokenizer: PreTrainedTokenizerBase, *, characters: int | None = None
 ) -> tuple[Tensor, bool]:
@@ -200,6 +212,7 @@ def tokens(
     """
     if limits is not None:
         check_length(data, limits)
+        check_vocabulary(tokenizer, limits)
     seed = data.seed
     if data.source == "self" and sampler is not None:
         stream, whole = sampler(data.samples, data.length, seed, None).cpu().reshape(-1), True

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from aptq.core.plan import Plan
 from aptq.core.profile import Profiles
@@ -22,6 +23,13 @@ class Progress:
     blocks: int
     seconds: float  # of this block
     phase: str = ""  # which walk it is, where a step takes several
+
+
+class Keeper(Protocol):
+    """Remembers what a walk has done, for one that goes on after an interruption."""
+
+    def resume(self, line: "Line", make: Callable[[int], Block]) -> int:
+        """Bring streams and held blocks to where they were; number of the next block to load."""
 
 
 def reported(
@@ -45,23 +53,22 @@ def walk(
     order: Order = "block",
     sink: Callable[[Block], None],
     report: Callable[[Progress], None] | None = None,
-    start: int = 0,
     profiles: Profiles | None = None,
+    keeper: Keeper | None = None,
 ) -> None:
-    """Compress every block from `start` on, few in memory at a time.
+    """Compress every block, or those that `keeper` does not know yet, few in memory at a time.
 
     Each stage works on the inputs that the compressed blocks before it produce; `sink` gets the
     finished block, whose layers hold the parts; `profiles` weight the rows of statistics that ask
     for it.  Stages whose window holds several blocks get them when the last of these has been
     through the stages before; a block is finished, by the stages behind them, when no later window
-    holds it.  Raises ValueError when a planned layer ends without parts, for then no stage of the
-    recipe quantizes.
+    holds it.  Raises ValueError when a layer ends with other parts than planned.
     """
     early, together, late = _split(stages)
     size, stride = max((stage.window for stage in together), default=(1, 1))
     stream.learn(model, {b for stage in stages for b in stage.batches(len(stream.hidden))})
     original = stream.twin() if any(stage.original for stage in stages) else None
-    line = _Line(model, stream, original)
+    line = Line(model, stream, original)
 
     def make(index: int) -> Block:
         module, (own, theirs) = model.load(index, stream.device), line.ends()
@@ -69,25 +76,35 @@ def walk(
         origin = None if theirs is None else Origin(index, name, module, theirs)
         return Block(index, name, module, groups, plan, own, order, profiles, origin)
 
+    start = 0 if keeper is None else keeper.resume(line, make)
     for index in reported(range(start, model.blocks), model.blocks, report):
         block = make(index)
         for stage in early:
-            stage.on_blocks([block])
+            _run(stages, stage, [block])
         line.held.append(block)
         final = index + 1 == model.blocks
         if len(line.held) < size and not final:
             continue
         line.enter()
         for stage in together:
-            stage.on_blocks(line.held)
+            _run(stages, stage, line.held)
         for _ in range(len(line.held) if final else stride):
             for stage in late:
-                stage.on_blocks(line.held[:1])
+                _run(stages, stage, line.held[:1])
             _check_done(line.held[0])
             line.finish(sink)
         del block  # before the next one is loaded
     if original is not None:
         original.close()
+
+
+def _run(stages: Sequence[Stage], stage: Stage, blocks: Sequence[Block]) -> None:
+    """Let one of the stages work, and note what it has left of the weights."""
+    stage.on_blocks(blocks)
+    if len(stages) > 1:  # of a single one the log of the layers tells the same
+        number = next(n for n, one in enumerate(stages) if one is stage)
+        for block in blocks:
+            block.notes.append({"stage": number, "error": block.error()})
 
 
 def _split(stages: Sequence[Stage]) -> tuple[Sequence[Stage], Sequence[Stage], Sequence[Stage]]:
@@ -104,7 +121,7 @@ def _split(stages: Sequence[Stage]) -> tuple[Sequence[Stage], Sequence[Stage], S
     return stages[:first], stages[first:last], stages[last:]
 
 
-class _Line:
+class Line:
     """Blocks that are not finished yet, and the streams that enter the first and the next one."""
 
     def __init__(self, model: Model, stream: Stream, original: Stream | None) -> None:
@@ -148,6 +165,7 @@ class _Line:
             self.stream.advance(block.index, block.module)
             if block.origin is not None:
                 block.origin.advance()
+                block.notes.append({"drift": self.stream.drift(block.origin.stream)})
         sink(block)
         self.model.unload(block.index)
         if self.held:
@@ -155,10 +173,15 @@ class _Line:
 
 
 def _check_done(block: Block) -> None:
-    bare = [name for name, layer in block.layers.items() if not layer.parts]
+    bare = []
+    for layer in block.layers.values():
+        wanted = [part.kind for part in layer.target.parts]
+        if [part.meta()["type"] for part in layer.parts] != wanted:
+            bare.append(layer)
     if bare:
+        found = "+".join(part.meta()["type"] for part in bare[0].parts) or "nothing"
         raise ValueError(
-            f"the recipe leaves {len(bare)} planned layers of block {block.index} uncompressed\n"
-            f"first: {bare[0]}, target {block.layers[bare[0]].target}\n"
-            "add a stage that quantizes, such as gptq or rtn"
+            f"the recipe leaves {len(bare)} planned layers of block {block.index} unfinished\n"
+            f"first: {bare[0].name}, target {bare[0].target}, made: {found}\n"
+            "add a stage that quantizes, such as gptq or rtn; factors eora, outliers spqr, ~ slim"
         )

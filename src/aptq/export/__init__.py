@@ -5,7 +5,6 @@ What a format cannot hold is found in shapes and plan alone, before anything is 
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,13 +13,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from aptq.core.grid import Grid
 from aptq.core.parts import Quantized
-from aptq.core.plan import Plan, Shapes
+from aptq.core.plan import Plan, Shapes, Target
 from aptq.core.rounding import Scales
 from aptq.model.model import Model
+from aptq.model.skeleton import safe_config
 from aptq.model.sources import Source
 from aptq.registry import Registry
 from aptq.store.checkpoint import Checkpoint
@@ -63,12 +62,12 @@ class Stored:
     def open(cls, folder: str | Path) -> Stored:
         """Open a run or checkpoint folder.  Raises ValueError and Corrupt as Checkpoint.open."""
         checkpoint = Checkpoint.open(folder)
-        config = copy.deepcopy(AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True))
+        config = safe_config(checkpoint.folder)
         del config.quantization_config
         config.tie_word_embeddings = checkpoint.manifest.tied
         dtype = getattr(torch, checkpoint.manifest.dtype)
         source = Source(checkpoint.manifest.source, checkpoint.folder)
-        return cls(checkpoint, Model(source, config, dtype, None))
+        return cls(checkpoint, Model(source, config, dtype, None, partial=True))
 
     def part(self, layers: Sequence[str]) -> Quantized:
         """Quantized layers of one grid, their rows one below the other."""
@@ -106,10 +105,18 @@ def linears(model: Model) -> dict[str, tuple[str, ...]]:
 def grid_of(plan: Plan, layers: Sequence[str]) -> Grid | None:
     """The one grid of layers; bf16 for kept ones, None where they differ or have more parts."""
     targets = [plan.targets[name] for name in layers]
-    if any(not target.kept and len(target.parts) != 1 for target in targets):
+    if any(not target.plain for target in targets):
         return None
-    grids = {Grid("bf16") if target.kept else target.parts[0].grid for target in targets}
+    grids = {target.grid or Grid("bf16") for target in targets}
     return grids.pop() if len(grids) == 1 else None
+
+
+def unlike(target: Target) -> str:
+    """Why a target is no single grid."""
+    if len(target.parts) > 1:
+        kinds = " + ".join(part.kind for part in target.parts)
+        return f"it is a sum of {len(target.parts)} parts ({kinds})"
+    return f"it is {target}: widths differ between its groups"
 
 
 def common_obstacles(model: Model, plan: Plan) -> list[Obstacle]:
@@ -124,9 +131,8 @@ def common_obstacles(model: Model, plan: Plan) -> list[Obstacle]:
     for name, target in plan.targets.items():
         if name in model.outer_shapes and not target.kept:
             found.append(Obstacle(name, "embedding and head stay 16 bit there", "outer = false"))
-        elif len(target.parts) > 1:
-            what = f"it is a sum of {len(target.parts)} parts"
-            found.append(Obstacle(name, what, "choose a recipe whose stages make one part a layer"))
+        elif not target.plain:
+            found.append(Obstacle(name, unlike(target), "plan with one grid for each layer"))
     for path, layers in named.items():
         if len(layers) > 1 and grid_of(plan, layers) is None:
             grids = ", ".join(str(plan.targets[layer]) for layer in layers)

@@ -5,21 +5,26 @@ The checks bound every length by the file size before any other reader sees the 
 """
 
 import hashlib
+import math
 import os
 import struct
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
+from gguf import GGML_QUANT_SIZES
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from aptq.model.cache import once
 
+_SIZES = {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}  # weights, bytes of a block
 _STRING, _ARRAY = 8, 9
 # Bytes of the fixed-width value types of GGUF: u8 i8 u16 i16 u32 i32 f32 bool, u64 i64 f64.
 _WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _MOST_DIMENSIONS = 4
+_MOST = 1 << 20  # keys, or tensors; a header of a large model has 10^3
+_KEY, _NAME = 1 << 16, 64  # bytes, as GGML limits them
 
 
 def converted(path: Path, cache: Path | None, dtype: torch.dtype) -> Path:
@@ -50,8 +55,8 @@ def _convert(path: Path, target: Path, dtype: torch.dtype) -> None:
     try:
         model = _dequantized(folder, name, dtype)
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, local_files_only=True)
-    except (ValueError, TypeError, LookupError, OSError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # whatever transformers raises on values that it never expected
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"transformers cannot dequantize this .gguf file\n{path}: {reason}\n"
             "give the original Hugging Face folder of the model"
@@ -109,6 +114,17 @@ class _Reader:
             raise EOFError
         return count
 
+    def name(self, what: str, most: int, known: set[bytes]) -> bytes:
+        """A name of 1 to `most` bytes of UTF-8 that is not yet `known`; it is from here on."""
+        length = self.count(1)
+        text = self.file.read(length) if length <= most else b""
+        if not text or text in known:
+            reason = f"{what} twice: {text[:80]!r}" if text else f"{what} of {length} bytes"
+            raise ValueError(reason)
+        text.decode()
+        known.add(text)
+        return text
+
     def skip_value(self, kind: int) -> None:
         """Skip a value of a GGUF type."""
         if kind == _STRING:
@@ -149,24 +165,42 @@ def _check_header(reader: _Reader) -> None:
     if version not in (2, 3):
         raise ValueError(f"version {version}, known are 2 and 3")
     tensors, values = reader.count(24), reader.count(13)
-    alignment = 32
+    if max(tensors, values) > _MOST:
+        raise ValueError(f"{values} keys, {tensors} tensors")
+    alignment, blocks, keys = 32, 0, set[bytes]()
     for _ in range(values):
-        key = reader.file.read(reader.count(1))
+        key = reader.name("a key", _KEY, keys)
         kind = reader.number("I")
         if key == b"general.alignment" and kind == 4:
             alignment = reader.number("I")
+        elif key.endswith(b".block_count") and kind == 4:
+            blocks = reader.number("I")
         else:
             reader.skip_value(kind)
     if alignment < 1 or alignment & (alignment - 1):
         raise ValueError(f"alignment {alignment} is no power of two")
-    offsets = []
+    if blocks > tensors:
+        raise ValueError(f"{blocks} blocks, but {tensors} tensors")
+    names, ends = set[bytes](), [0]
     for _ in range(tensors):
-        reader.skip_value(_STRING)
-        dimensions = reader.number("I")
-        if dimensions > _MOST_DIMENSIONS:
-            raise ValueError(f"a tensor of {dimensions} dimensions")
-        reader.file.seek(8 * dimensions + 4, os.SEEK_CUR)
-        offsets.append(reader.number("Q"))
+        name = reader.name("a tensor", _NAME, names)
+        ends.append(_tensor_end(reader, name.decode(), alignment))
     start = -(-reader.file.tell() // alignment) * alignment
-    if offsets and start + max(offsets) >= reader.size:
-        raise ValueError("a tensor lies beyond the end")
+    if start + max(ends) > reader.size and tensors:
+        raise ValueError(f"{start + max(ends):,} bytes expected: a tensor lies beyond the end")
+
+
+def _tensor_end(reader: _Reader, name: str, alignment: int) -> int:
+    """Where a tensor ends, in bytes behind the header, by its dimensions, type and offset."""
+    dimensions = reader.number("I")
+    if not 1 <= dimensions <= _MOST_DIMENSIONS:
+        raise ValueError(f"{name} has {dimensions} dimensions")
+    shape = [reader.number("Q") for _ in range(dimensions)]
+    kind, offset = reader.number("I"), reader.number("Q")
+    if kind not in _SIZES:
+        raise ValueError(f"{name} is of unknown type {kind}")
+    block, width = _SIZES[kind]
+    if min(shape) < 1 or shape[0] % block or offset % alignment:
+        raise ValueError(f"{name} has shape {shape} in blocks of {block} at offset {offset}")
+    end: int = offset + math.prod(shape) // block * width
+    return end

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from aptq.failures import Infeasible
 from aptq.model.archs import Arch, Group, Kind
 
 # More than this share of a block's matrix weights outside every group: the family is not known.
@@ -81,10 +82,12 @@ def resolve(groups: Sequence[Group], prefix: str) -> list[ResolvedGroup]:
     ]
 
 
-def uncovered(arch: Arch, groups: Sequence[Group], block: nn.Module) -> dict[str, int]:
+def uncovered(
+    arch: Arch, groups: Sequence[Group], block: nn.Module, *, partial: bool = False
+) -> dict[str, int]:
     """Matrix parameters (2-D and more) of a normalised block that no group and no `ignore` names.
 
-    Raises ValueError where they are more than 5 % of the block's.
+    Raises Infeasible where they are more than 5 % of the block's, unless `partial` allows it.
     """
     covered = {f"{path}.weight" for group in groups for path in group.linears.values()}
     sizes = {name: p.numel() for name, p in block.named_parameters() if p.dim() >= 2}
@@ -95,11 +98,12 @@ def uncovered(arch: Arch, groups: Sequence[Group], block: nn.Module) -> dict[str
         and not any(fnmatchcase(name, f"{pattern}.*") for pattern in arch.ignore)
     }
     share = sum(missed.values()) / max(1, sum(sizes.values()))
-    if share > _UNCOVERED:
+    if share > _UNCOVERED and not partial:
         largest = sorted(missed, key=lambda name: -missed[name])[:5]
-        raise ValueError(
+        raise Infeasible(
             f"the weights of class {type(block).__name__} are not all known linears\n"
             f"{share:.0%} of a block's parameters are outside: {', '.join(largest)}\n"
-            "choose another model, or describe the family in aptq/model/archs.py"
+            "add --allow-partial to keep them as they are, or describe the family in "
+            "aptq/model/archs.py"
         )
     return missed

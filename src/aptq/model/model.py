@@ -11,16 +11,11 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.initialization import no_init_weights
 
 from aptq.core.parts import Part
 from aptq.core.plan import Plan, Shapes
@@ -28,19 +23,11 @@ from aptq.model.archs import Arch, Group, table_entry
 from aptq.model.layout import Coverage, ResolvedGroup, expand, linears, resolve, uncovered
 from aptq.model.normalise import normalise
 from aptq.model.outer import check_outer, decoded, is_tied, outer_shapes
-from aptq.model.sources import Source, read_config, refuse
+from aptq.model.skeleton import build_skeleton
+from aptq.model.sources import Source, read_config, read_tokenizer, refuse
 from aptq.model.sources import resolve as find
 from aptq.model.trace import signature, trace
 from aptq.model.weights import OUTER, Absent, Loader, Shards, check_finite, check_finite_tensor
-
-
-def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The whole module tree of `config` with parameters on meta and real buffers."""
-    with no_init_weights(), init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    assert isinstance(model, PreTrainedModel)
-    model.tie_weights()  # skipped together with the initialisation
-    return model.eval().requires_grad_(False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +49,17 @@ class Model:
     """
 
     def __init__(
-        self, source: Source, config: PreTrainedConfig, dtype: torch.dtype, shards: Shards | None
+        self,
+        source: Source,
+        config: PreTrainedConfig,
+        dtype: torch.dtype,
+        shards: Shards | None,
+        partial: bool = False,
     ) -> None:
         self.source, self.config, self.dtype = source.name, config, dtype
-        self.skeleton = build_skeleton(config, dtype)
-        self._source = source
+        self.skeleton = build_skeleton(config, dtype, source.folder / "config.json")
+        self._source, self._partial = source, partial
+        self.tolerated: frozenset[str] = frozenset()  # parameters that may hold NaN and Inf
         self.arch: Arch = table_entry(config) or trace(self.skeleton, config)
         self._blocks = self.skeleton.get_submodule(self.arch.blocks)
         assert isinstance(self._blocks, nn.ModuleList), (self.arch.blocks, type(self._blocks))
@@ -96,11 +89,13 @@ class Model:
         revision: str | None = None,
         dtype: torch.dtype | None = None,
         cache: Path | None = None,
+        partial: bool = False,
     ) -> "Model":
         """Open a Hugging Face folder, a hub id or a .gguf file; reads headers only.
 
         `dtype` (default: that of the source) is the dtype of loaded weights and activations,
         `cache` the folder for sources that are converted first (.gguf, GPTQ, compressed-tensors).
+        `partial` allows blocks with more than 5 % of their weights outside all known linears.
         Raises ValueError, in three lines, for every source that cannot be compressed correctly.
         """
         found = find(source, revision, cache, dtype)
@@ -110,10 +105,12 @@ class Model:
             dtype = config.dtype or shards.dtype
         if dtype not in (torch.bfloat16, torch.float16, torch.float32):
             refuse(f"cannot compute in {dtype}", str(found.folder), "pass bf16, fp16 or fp32")
-        return cls(found, config, dtype, shards)
+        return cls(found, config, dtype, shards, partial)
 
     @classmethod
-    def outline(cls, source: str | Path, *, revision: str | None = None) -> "Model":
+    def outline(
+        cls, source: str | Path, *, revision: str | None = None, partial: bool = False
+    ) -> "Model":
         """Like `open`, but weights need not be there: a folder with config.json is enough.
 
         Of a hub id only the small files are fetched.  Without weights the dtype is the config's,
@@ -121,10 +118,10 @@ class Model:
         """
         path = Path(source).expanduser()
         if path.is_file() or path.suffix == ".gguf" or any(path.glob("model.safetensors*")):
-            return cls.open(source, revision=revision)
+            return cls.open(source, revision=revision, partial=partial)
         found = find(source, revision, None, weights=False)
         config = read_config(found.folder)
-        return cls(found, config, config.dtype or torch.bfloat16, None)
+        return cls(found, config, config.dtype or torch.bfloat16, None, partial)
 
     @property
     def blocks(self) -> int:
@@ -139,16 +136,7 @@ class Model:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the source; ValueError where it has none."""
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(self._source.folder, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(
-                f"the tokenizer cannot be read\n{self._source.folder}: {reason}\n"
-                "copy the tokenizer files of the model into the folder"
-            ) from error
-        assert isinstance(tokenizer, PreTrainedTokenizerBase)
-        return tokenizer
+        return read_tokenizer(self._source.folder)
 
     def block_name(self, index: int) -> str:
         """Full name of a block, "model.layers.3"."""
@@ -179,6 +167,12 @@ class Model:
         grouped = sum(layout.grouped for layout in self._layouts)
         return Coverage(grouped, sum(layout.kept for layout in self._layouts), outer)
 
+    def stored(self) -> Iterator[tuple[Tensor, list[str]]]:
+        """Every stored tensor, mapped, and the parameters of the skeleton that it fills."""
+        if isinstance(self._loader, Loader):
+            for name, filled in self._loader.fills.items():
+                yield self._loader.shards.read(name), filled
+
     def load(self, index: int, device: str | torch.device = "cpu") -> nn.Module:
         """Block `index`, normalised, with real weights on `device`, in eval mode, without grad.
 
@@ -190,7 +184,7 @@ class Model:
         self._empty[index] = copy.deepcopy(block)
         try:
             self._loader.load(index, device)
-            check_finite(self.block_name(index), block)
+            check_finite(self.block_name(index), block, self.tolerated)
             normalise(block, self.arch.joined, self.config, self.block_name(index))
         except BaseException:
             self.unload(index)
@@ -202,6 +196,12 @@ class Model:
         """Put the empty block back; its memory is free when the caller drops it too."""
         self._blocks[index] = self._empty.pop(index)
 
+    def release(self) -> None:
+        """Unload all that is loaded: whoever loaded it has failed."""
+        for index in list(self._empty):
+            self.unload(index)
+        self.unload_outer()
+
     def load_outer(self, device: str | torch.device = "cpu") -> None:
         """Give everything outside the blocks (embeddings, norm, head, rotary) real tensors."""
         self._loader.load(OUTER, device)
@@ -211,7 +211,8 @@ class Model:
             self._set(target, self.skeleton.get_parameter(known[-1]))
             self._set(source, self.skeleton.get_parameter(known[-1]))
         for name, tensor in self._outer():
-            check_finite_tensor(name, tensor)
+            if name not in self.tolerated:
+                check_finite_tensor(name, tensor)
             tensor.requires_grad_(False)
         for module, name, buffer in self._outer_buffers():
             module._buffers[name] = buffer.to(device)
@@ -279,7 +280,7 @@ class Model:
     def _layout(self, block: nn.Module, name: str) -> _Layout:
         normalise(block, self.arch.joined, self.config, name)
         groups = expand(self.arch.groups, block)
-        uncovered(self.arch, groups, block)
+        uncovered(self.arch, groups, block, partial=self._partial)
         present = linears(block)
         paths = [path for group in groups for path in group.linears.values()]
         shapes = {p: (present[p].out_features, present[p].in_features) for p in paths}

@@ -1,16 +1,17 @@
 """Where a model comes from: a folder, a hub id or a .gguf file; and what is refused by name."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from aptq.core.reading import LISTS, read_json, strays
 from aptq.model.gguf import converted as from_gguf
+from aptq.model.skeleton import safe_config
 
 # Tokenizer, chat template and generation settings, as transformers names them.
 _CARRIED = (
@@ -25,8 +26,13 @@ _CARRIED = (
     "chat_template*",
     "generation_config.json",
 )
+INDEX = "model.safetensors.index.json"
 READ = ("gptq", "compressed-tensors")  # methods of quantized sources that model/quantized decodes
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+# All that is ever read in a folder, here and by transformers.
+_SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+_WEIGHTS = ("model*.safetensors",)
+_PATTERN = 1 << 14  # characters of a pattern in tokenizer.json; real ones have some hundred
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,16 +74,25 @@ def resolve(
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
             refuse("there is no such folder", name, "give a Hugging Face folder or a .gguf file")
         path = _download(name, revision, weights)
+    _check_links(path)
     if weights:
         _check_folder(path)
         path = _dequantized(path, cache, dtype)
     return Source(name, path)
 
 
+def _check_links(folder: Path) -> None:
+    """Nothing that is read, or copied into the output, may be a link to elsewhere."""
+    read = [path for pattern in (*_SMALL, *_WEIGHTS) for path in folder.glob(pattern)]
+    if out := strays(folder, read):
+        where = f"{out[0]}: a link to {out[0].resolve()}"
+        refuse("a file of the model leads out of its folder", where, "put a copy in its place")
+
+
 def _dequantized(folder: Path, cache: Path | None, dtype: torch.dtype | None) -> Path:
     """`folder`, or of a quantized one that can be read a folder with ordinary weights."""
     try:
-        raw = json.loads((folder / "config.json").read_text())
+        raw = read_json(folder / "config.json")
         if raw["quantization_config"]["quant_method"] not in READ or not raw["model_type"]:
             return folder
     except (OSError, ValueError, KeyError, TypeError):
@@ -101,8 +116,9 @@ def read_config(folder: Path) -> PreTrainedConfig:
     """
     path = folder / "config.json"
     try:
-        raw: dict[str, Any] = json.loads(path.read_text())
+        raw: dict[str, Any] = read_json(path)
         model_type = raw["model_type"]
+        hash(model_type)
     except (OSError, ValueError, KeyError, TypeError) as error:
         refuse("config.json is missing or no JSON", f"{path}: {error!r}", "copy the file again")
     method = raw.get("quantization_config")
@@ -123,11 +139,50 @@ def read_config(folder: Path) -> PreTrainedConfig:
             "install a version of transformers that has this family",
         )
     _check_causal(path, raw, native)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    assert isinstance(config, PreTrainedConfig)
+    config = safe_config(folder)
     if method is not None:
         del config.quantization_config
     return config
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder.  Raises ValueError where there is none, or none to be trusted."""
+    for path in sorted(folder.glob("*.json")):
+        if path.name in (INDEX, "config.json"):
+            continue
+        try:
+            longest = max(map(len, _patterns(read_json(path, 4 * LISTS))), default=0)
+            if longest > _PATTERN:
+                raise ValueError(f"a pattern of {longest:,} characters, {_PATTERN:,} allowed")
+        except ValueError as error:
+            what = "a file beside the model is broken or too large"
+            refuse(what, f"{path}: {error}", "copy the file again, or remove it")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # the Rust library raises the base class itself
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"the tokenizer cannot be read\n{folder}: {reason}\n"
+            "copy the tokenizer files of the model into the folder"
+        ) from error
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
+
+
+def _patterns(data: Any) -> list[str]:
+    """Regular expressions of a tokenizer.json, which the library compiles."""
+    todo, found = [data], list[str]()
+    while todo:
+        value = todo.pop()
+        if isinstance(value, dict):
+            if isinstance(pattern := value.get("Regex"), str):
+                found.append(pattern)
+            todo += [held for key, held in value.items() if key not in ("vocab", "merges")]
+        elif isinstance(value, list):
+            todo += [held for held in value if isinstance(held, dict | list)]
+    return found
 
 
 def _classes(names: Any) -> set[str]:
@@ -187,8 +242,7 @@ def _download(name: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
-    patterns += ["model*.safetensors"] if weights else []
+    patterns = [*_SMALL, *(_WEIGHTS if weights else ())]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

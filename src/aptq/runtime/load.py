@@ -5,16 +5,19 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from aptq.kernels.dispatch import Choice
-from aptq.model.model import build_skeleton
 from aptq.model.normalise import Experts, Joined
+from aptq.model.skeleton import build_skeleton, safe_config
+from aptq.runtime.adapter import attach
 from aptq.runtime.hf import register
 from aptq.runtime.linear import Packed
 from aptq.store.checkpoint import Checkpoint
+from aptq.store.headers import hash_file
+from aptq.store.manifest import NAME
 
 
 def load(
@@ -23,16 +26,18 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     kernel: Choice = "auto",
+    adapter: str | Path | None = None,
 ) -> PreTrainedModel:
     """The model of a run or checkpoint folder, in eval mode, with packed weights in memory.
 
     `dtype` is that of activations and of what was kept (None: the checkpoint's).  "auto" lets the
-    fastest kernels take over the storage, "reference" decodes exactly what is stored.  Raises
-    ValueError where there is no checkpoint, Corrupt for one that is damaged.
+    fastest kernels take over the storage, "reference" decodes exactly what is stored.  `adapter`
+    is a folder of `aptq.adapt` for this checkpoint.  Raises ValueError where there is no
+    checkpoint, Corrupt for one that is damaged.
     """
     register()
     checkpoint = Checkpoint.open(folder)
-    config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+    config = safe_config(checkpoint.folder)
     config.quantization_config = {**config.quantization_config, "kernel": kernel}
     on = torch.device(device)
     bars = logging.is_progress_bar_enabled()
@@ -45,12 +50,15 @@ def load(
             device_map=None if on.type == "cpu" else {"": on},
             local_files_only=True,
             use_safetensors=True,
+            trust_remote_code=False,
         )
     finally:
         if bars:
             logging.enable_progress_bar()
     assert isinstance(model, PreTrainedModel), type(model)
-    return model
+    if adapter is None:
+        return model
+    return attach(model, adapter, hash_file(checkpoint.folder / NAME), kernel=kernel)
 
 
 def dense(folder: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:

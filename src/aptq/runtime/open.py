@@ -4,14 +4,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from aptq.model.model import Model
+from aptq.model.sources import read_tokenizer
 from aptq.runtime.load import load
 from aptq.store.manifest import NAME
 
@@ -43,9 +39,13 @@ def compressed_folder(source: str | Path) -> Path | None:
 
 def original(source: str | Path, device: torch.device, *, revision: str | None = None) -> Ready:
     """An ordinary model, whole and uncompressed.  Raises ValueError as `Model.open` does."""
-    opened = Model.open(source, revision=revision)
+    opened = Model.open(source, revision=revision, partial=True)  # all of it is taken as it is
     model = AutoModelForCausalLM.from_pretrained(
-        opened.folder, dtype=opened.dtype, local_files_only=True
+        opened.folder,
+        config=opened.config,
+        dtype=opened.dtype,
+        local_files_only=True,
+        trust_remote_code=False,
     )
     assert isinstance(model, PreTrainedModel), type(model)
     return Ready(model.to(device).eval(), opened.tokenizer)
@@ -56,5 +56,4 @@ def open_any(source: str | Path, device: torch.device, *, revision: str | None =
     checkpoint = compressed_folder(source)
     if checkpoint is None:
         return original(source, device, revision=revision)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
-    return Ready(load(checkpoint, device=device), tokenizer)
+    return Ready(load(checkpoint, device=device), read_tokenizer(checkpoint))

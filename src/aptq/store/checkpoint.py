@@ -10,6 +10,7 @@ from torch import Tensor
 
 from aptq.core.parts import Dense, Part, Spec, load_part
 from aptq.core.plan import Plan, Target
+from aptq.core.reading import strays
 from aptq.model.model import Model
 from aptq.store.headers import hash_file, misfit, publish, read_specs, spec_of, tensor_chunks
 from aptq.store.manifest import NAME, Manifest, corrupt, read_json
@@ -31,9 +32,9 @@ class Writer:
         self.hashes: dict[str, str] = {}
         folder.mkdir(parents=True, exist_ok=True)
 
-    def write_block(self, index: int, tensors: Mapping[str, Tensor]) -> None:
-        """Publish the shard of block `index`: everything of the block by full name."""
-        self._write(index, tensors)
+    def write_block(self, index: int, tensors: Mapping[str, Tensor]) -> Path:
+        """Publish the shard of block `index`: everything of the block by full name; its path."""
+        return self._write(index, tensors)
 
     def write_outer(self, tensors: Mapping[str, Tensor]) -> None:
         """Publish what lies outside the blocks; tied tensors once, as Model.outer_names() says."""
@@ -59,7 +60,7 @@ class Writer:
         manifest.files.update(self.hashes)
         publish(self.folder / NAME, [manifest.to_bytes()])
 
-    def _write(self, number: int, tensors: Mapping[str, Tensor]) -> None:
+    def _write(self, number: int, tensors: Mapping[str, Tensor]) -> Path:
         name, expected = list(self.outline.shards.items())[number]
         found = {path: spec_of(tensor) for path, tensor in tensors.items()}
         wrong = [
@@ -69,6 +70,7 @@ class Writer:
             f"{path} {found.get(path)} planned {expected.get(path)}" for path in sorted(wrong)[:5]
         )
         self.hashes[name] = publish(self.folder / name, tensor_chunks(tensors))
+        return self.folder / name
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,9 @@ class Checkpoint:
         for name in manifest.files:
             if not (path / name).is_file():
                 corrupt("a file of the checkpoint is missing", str(path / name))
+        if out := strays(path, [path / NAME, *(path / name for name in manifest.files)]):
+            shown = f"{out[0]}: a link to {out[0].resolve()}"
+            corrupt("a file of the checkpoint leads out of its folder", shown)
         _check_config(path, manifest)
         specs: dict[str, Spec] = {}
         where: dict[str, str] = {}

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from aptq.core import reading
 from aptq.core.plan import Plan, Shapes
 from aptq.failures import Corrupt
 
 NAME = "aptq.json"
 FORMAT, VERSION = "aptq", 1
-LIMIT = 1 << 28  # bytes of JSON that are read at most; names of 10^6 layers take 10^8
 NO_HASH = "0" * 64
 _HASH = re.compile(r"[0-9a-f]{64}")
 _FILE = re.compile(r"(?!\.)[^/\\:\x00-\x1f]{1,255}")  # a plain name inside the folder
@@ -89,16 +89,12 @@ def to_json(data: Mapping[str, Any]) -> bytes:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of bounded size.  Raises Corrupt."""
     try:
-        size = path.stat().st_size
-        if size > LIMIT:
-            corrupt("a JSON file is too large", f"{path}: {size:,} bytes, {LIMIT:,} allowed")
-        data = json.loads(path.read_bytes())
+        data = reading.read_json(path, reading.NAMES)
     except OSError as error:
         corrupt("a file of the checkpoint cannot be read", f"{path}: {error.strerror}")
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, Corrupt):
-            raise
-        corrupt("a file of the checkpoint is no valid JSON", f"{path}: {error}")
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:300]
+        corrupt("a file of the checkpoint is no valid JSON", f"{path}: {reason}")
     if not isinstance(data, dict):
         corrupt("a file of the checkpoint is no JSON object", f"{path}: {type(data).__name__}")
     return data
