@@ -135,7 +135,7 @@ def test_all_parts_in_every_family(arch: str, tmp_path: Path) -> None:
     ids = windows(2, 20)
     with torch.no_grad():
         one, two, three = (m(ids).logits for m in (packed, fast, whole))
-    torch.testing.assert_close(one, three, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(one, three, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(two, three, rtol=1e-3, atol=1e-4)
 
 

@@ -1,6 +1,7 @@
 """Where a model comes from: a folder, a hub id or a .gguf file; and what is refused by name."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,6 +33,7 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # All that is ever read in a folder, here and by transformers.
 _SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 _WEIGHTS = ("model*.safetensors",)
+_TOKENIZER = (".json", ".model", ".txt", ".jinja")  # files that a tokenizer is made of
 _PATTERN = 1 << 14  # characters of a pattern in tokenizer.json; real ones have some hundred
 
 
@@ -146,7 +148,18 @@ def read_config(folder: Path) -> PreTrainedConfig:
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder.  Raises ValueError where there is none, or none to be trusted."""
+    """The tokenizer of a folder.  Raises ValueError where there is none, or none to be trusted.
+
+    Unchanged files give the same object again: the library never frees what a tokenizer has
+    learned of a text (4 MB of 400,000 characters, tokenizers 0.23).
+    """
+    files = [path for path in sorted(folder.iterdir()) if path.suffix in _TOKENIZER]
+    stats = [(path.name, path.stat()) for path in files if path.is_file()]
+    return _tokenizer(folder, tuple((n, one.st_size, one.st_mtime_ns) for n, one in stats))
+
+
+@lru_cache(maxsize=4)
+def _tokenizer(folder: Path, _files: tuple[tuple[str, int, int], ...]) -> PreTrainedTokenizerBase:
     for path in sorted(folder.glob("*.json")):
         if path.name in (INDEX, "config.json"):
             continue
