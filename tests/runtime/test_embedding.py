@@ -209,9 +209,7 @@ def test_embeddings_of_unknown_kind_are_refused_by_name(
     plan = outer_plan(model, "int4-row")
     model.check(plan)
 
-    def odd_skeleton(
-        config: PreTrainedConfig, dtype: torch.dtype, where: Path
-    ) -> PreTrainedModel:
+    def odd_skeleton(config: PreTrainedConfig, dtype: torch.dtype, where: Path) -> PreTrainedModel:
         skeleton = build_skeleton(config, dtype, where)
         skeleton.get_input_embeddings().__class__ = Odd
         return skeleton
