@@ -4,6 +4,7 @@ torch and transformers are imported inside the commands, so that `aptq --help` a
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -59,4 +60,8 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # whole GPUs are planned for ("fits"): an eighth of one was lost to holes between fixed segments
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    app(prog_name="aptq" if Path(sys.argv[0]).name == "__main__.py" else None)
+    try:
+        app(prog_name="aptq" if Path(sys.argv[0]).name == "__main__.py" else None)
+    finally:  # an impatient Ctrl-C while Python shuts down must not replace the exit code
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
