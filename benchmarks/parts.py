@@ -1,20 +1,17 @@
 """Tables of sums of parts: factors and outliers beside codes, widths by group, all chosen together.
 
 usage: python parts.py MODEL --device cuda --gpus 4 --scratch FOLDER [--only rank joint]
-Every row is a process of quality.py; finished rows are skipped.  Rows of "bits" are the default
-recipe at exactly the size of a row with factors or outliers.
+Rows are run as rows.py says.  Those of "bits" are the default recipe at exactly the size of a row
+with factors or outliers.
 """
 
 from __future__ import annotations
 
-import argparse
-import re
-import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-import common
-from reconstruction import FEW, Job, Table, Workers, behind, protocol, shipped, written
+from reconstruction import FEW
+from rows import Job, Table, arguments, behind, run, scores, shipped, written
 
 from aptq.core.plan import Plan, Target
 from aptq.model.model import Model
@@ -60,7 +57,7 @@ def rank(scratch: Path, model: Path) -> Iterator[Job]:
             yield f"{text} by lqlora", [*recipe(scratch, "lqlora"), "--grid", text]
             trained = recipe(scratch, "gptq", "eora", "lrec")
             yield f"{text} by eora and lrec", [*trained, "--grid", text]
-        yield from _bits(model, text)
+        yield _bits(scratch, model, text)
     yield f"{BASE} by gptq", [*recipe(scratch, "gptq"), "--grid", BASE]
 
 
@@ -70,25 +67,36 @@ def outliers(scratch: Path, model: Path) -> Iterator[Job]:
         text = f"{BASE}+{added}"
         for name in ("spqr", "gwq", "tacq") if added == "o0.5%" else ("spqr",):
             yield f"{text} by {name}", [*recipe(scratch, name, "gptq"), "--grid", text]
-        yield from _bits(model, text)
+        yield _bits(scratch, model, text)
 
 
-def _bits(model: Path, text: str) -> Iterator[Job]:
-    size = bits(model, text)
-    yield f"bits of {text}", ["--recipe", "aptq", "--budget", f"{size:.6f}bpw"]
+def _bits(scratch: Path, model: Path, text: str) -> Job:
+    budget = ["--budget", f"{bits(model, text):.6f}bpw"]
+    return f"bits of {text}", [*budget, *known_scores(scratch, "bits")]
+
+
+def known_scores(scratch: Path, name: str) -> list[str]:
+    """--scores and the file that serves all sizes."""
+    return ["--scores", str(scratch / f"scores-{name}.json")]
+
+
+def joined(scratch: Path) -> list[str]:
+    """--recipe and the default with factors and outliers among its candidates."""
+    grids = [g for g in shipped("aptq")["grids"] if int(g[3]) > 3 or g == "bf16"]
+    low = [f"{grid}{more}" for grid in FEW if int(grid[3]) < 4 for more in ADDED]
+    known = stages()
+    chain = [known["spqr"], known["gptq"], known["eora"]]
+    return written(
+        scratch, "parts joint", shipped("aptq") | {"grids": [*low, *grids], "stage": chain}
+    )
 
 
 def joint(scratch: Path, _model: Path) -> Iterator[Job]:
     """Bits, rank and outliers of every layer chosen together, against bits alone."""
-    grids = [g for g in shipped("aptq")["grids"] if int(g[3]) > 3 or g == "bf16"]
-    low = [f"{grid}{more}" for grid in FEW if int(grid[3]) < 4 for more in ADDED]
-    table = shipped("aptq") | {"grids": [*low, *grids]}
-    known = stages()
-    table["stage"] = [known["spqr"], known["gptq"], known["eora"]]
-    words = written(scratch, "parts joint", table)
     for size in SMALL:
-        yield f"joint {size}", [*words, "--budget", f"{size}bpw"]
-        yield f"bits alone {size}", ["--recipe", "aptq", "--budget", f"{size}bpw"]
+        budget = ["--budget", f"{size}bpw"]
+        yield f"joint {size}", [*joined(scratch), *budget, *known_scores(scratch, "joint")]
+        yield f"bits alone {size}", [*budget, *known_scores(scratch, "bits")]
 
 
 def widths(scratch: Path, _model: Path) -> Iterator[Job]:
@@ -111,43 +119,16 @@ def circuits(scratch: Path, _model: Path) -> Iterator[Job]:
 PARTS = {"rank": rank, "outliers": outliers, "joint": joint, "widths": widths, "circuits": circuits}
 
 
-def jobs(options: argparse.Namespace) -> Iterator[Job]:
-    """Rows that are asked for, as commands."""
-    name = options.name or f"parts-{options.device.split(':')[0]}"
-    rows = ["--results", str(options.results), "--texts", "all", "--name", name]
-    for part in options.only:
-        for label, more in PARTS[part](options.scratch, options.model):
-            if re.search(options.match, label):
-                fixed = ["quality.py", str(options.model), "--label", label]
-                yield label, [*fixed, *protocol(options), *rows, *more]
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--shared", type=Path, default=common.SHARED)
-    parser.add_argument("--results", type=Path, default=common.RESULTS)
-    parser.add_argument("--name", help="result file; default: parts-DEVICE")
-    parser.add_argument("--scratch", type=Path, required=True, help="folder for recipes")
-    parser.add_argument("--gpus", type=int, default=0, help="0 = as the environment has it")
-    parser.add_argument("--workers", type=int, default=0, help="0 = one for each of --gpus")
-    parser.add_argument("--samples", default="96")
-    parser.add_argument("--length", default="2048")
-    parser.add_argument("--seconds", type=float, default=1e9, help="start no row after these")
-    parser.add_argument("--only", nargs="+", choices=tuple(PARTS), default=tuple(PARTS))
-    parser.add_argument("--match", default="", help="rows whose label has this pattern")
-    parser.add_argument("--list", action="store_true", help="print the rows, run nothing")
-    options = parser.parse_args()
-    for name in ("model", "shared", "results", "scratch"):  # rows run in another folder
-        setattr(options, name, getattr(options, name).resolve())
-    options.scratch.mkdir(parents=True, exist_ok=True)
-    chosen = list(jobs(options))
-    if options.list:
-        for label, words in chosen:
-            print(f"{label}\n    {shlex.join(words)}")
-        return
-    Workers(options).run_all(chosen)
+    options = arguments(__doc__, tuple(PARTS))
+    scratch = options.scratch
+    made = {name: part(scratch, options.model) for name, part in PARTS.items()}
+    measured = {"bits": ["--recipe", "aptq"], "joint": joined(scratch)}
+    first = [
+        scores(options, Path(known_scores(scratch, name)[1]), *words)
+        for name, words in measured.items()
+    ]
+    run(options, made, first)
 
 
 if __name__ == "__main__":

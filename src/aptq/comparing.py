@@ -15,6 +15,7 @@ from aptq.assessing import Exam, examine
 from aptq.evaluate.speed import Load, decode
 from aptq.model.model import Model
 from aptq.model.weights import Shards
+from aptq.report.markup import plotly
 from aptq.runtime.open import compressed_folder, find_device, open_any
 from aptq.store.checkpoint import Checkpoint
 from aptq.work import Report, Step, silent
@@ -161,19 +162,12 @@ def write_html(path: Path, found: Mapping[str, Any], measure: str) -> None:
 
     Raises ValueError where Plotly is not installed.
     """
-    try:
-        from plotly import graph_objects
-    except ImportError as error:
-        raise ValueError(
-            f"the picture needs Plotly\nit is not installed, {path} was not written\n"
-            "pip install 'aptq[plotly]', or leave out --html"
-        ) from error
     models = sorted(
         (one for one in found["models"] if one[measure] is not None), key=lambda one: one["bytes"]
     )
     ends = [one[f"{measure}_interval"] or [one[measure]] * 2 for one in models]
     xs, ys = [one["bytes"] / 2**20 for one in models], [one[measure] for one in models]
-    figure = graph_objects.Figure()
+    figure = plotly("graph_objects", "picture").Figure()
     figure.add_scatter(
         x=xs,
         y=ys,

@@ -133,6 +133,7 @@ class _Making:
                 where=self.where,
                 batch=self.batch,
             )
+            work.report(f"hidden states: {states.place}")
         walk(
             self.model,
             states,

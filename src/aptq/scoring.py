@@ -1,5 +1,6 @@
 """The measuring pass of a run: scores of all candidates, and the profiles that row weights need."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,17 +9,24 @@ from torch import Tensor
 from aptq.core.plan import Plan
 from aptq.core.profile import Profiles
 from aptq.core.scores import Scores
-from aptq.engine.backward import Observed, backward_walk
+from aptq.engine.backward import Labels, Observed, backward_walk
 from aptq.engine.judge import fit_factor
 from aptq.engine.measure import Subject
 from aptq.engine.siblings import lent
 from aptq.engine.tape import open_tape
 from aptq.engine.walk import Progress
-from aptq.planning import candidates, choosable, kept_names, measuring_data, wants_profiles
+from aptq.planning import (
+    candidates,
+    choosable,
+    kept_names,
+    measuring_bytes,
+    measuring_data,
+    wants_profiles,
+)
 from aptq.recipe import Recipe
 from aptq.runfolder import RunFolder
 from aptq.stats.gradient import Gradient, gradient
-from aptq.stats.importance import GradientMarked, Importance
+from aptq.stats.importance import Importance
 from aptq.work import Work
 
 
@@ -77,45 +85,54 @@ def measure_profiles(work: Work, recipe: Recipe, folder: Path) -> Profiles:
             if profile is not None:
                 found[name] = profile.cpu()
 
-    def report(done: Progress) -> None:
-        work.show("profile", done)
-
-    tape = open_tape(work.model, ids, device=work.device, folder=folder, where=work.activations)
-    backward_walk(work.model, tape, ids, visit, seed=recipe.seed, report=report)
+    _walk_back(work, recipe, folder, "profile", visit)
     work.remember("profiles", found)
     return Profiles(ids.shape[1], found)
 
 
 def measure_marks(work: Work, recipe: Recipe, plan: Plan, run: RunFolder) -> dict[str, Tensor]:
     """Places of outliers that stages choose by gradients of the loss, from one backward walk."""
-    stages = [stage for stage in recipe.stages if isinstance(stage, GradientMarked)]
     if run.state.path("marks") is not None:
         return run.state.tensors("marks")
+    traced = next(stage for stage in recipe.stages if stage.traced)
     found: dict[str, Tensor] = {}
 
     def visit(block: Observed) -> None:
-        layers = []
+        counts = {}
         for name, layer in block.layers.items():
             layer.target = plan.targets[name]
-            layers += [layer] if layer.target.part("sparse") is not None else []
-        if layers:
-            block.observe([Importance()], layers)
-        for layer in layers:
-            spec = layer.target.part("sparse")
-            assert spec is not None, layer.name
-            places = stages[0].places(layer, spec.count((len(layer.weight), layer.weight.shape[1])))
+            if (spec := layer.target.part("sparse")) is not None:
+                counts[name] = spec.count((layer.weight.shape[0], layer.weight.shape[1]))
+        if counts:
+            block.observe([Importance()], [block.layers[name] for name in counts])
+        for name, count in counts.items():
+            places = traced.places(block.layers[name], count)
             if places is not None:
-                found[layer.name] = places.cpu()
+                found[name] = places.cpu()
 
-    def report(done: Progress) -> None:
-        work.show("mark", done)
-
-    ids = _windows(work, recipe)
-    tape = open_tape(work.model, ids, device=work.device, folder=run.work, where=work.activations)
-    backward_walk(work.model, tape, ids, visit, labels="data", seed=recipe.seed, report=report)
+    run.reserve(measuring_bytes(work.model, recipe, False))
+    _walk_back(work, recipe, run.work, "mark", visit, labels="data")
     run.state.put_tensors("marks", found)
     run.state.publish()
     return found
+
+
+def _walk_back(
+    work: Work,
+    recipe: Recipe,
+    folder: Path,
+    phase: str,
+    visit: Callable[[Observed], None],
+    labels: Labels = "sampled",
+) -> None:
+    """Visit all blocks with the gradients of the loss of the measured windows."""
+    model, ids = work.model, _windows(work, recipe)
+    tape = open_tape(model, ids, device=work.device, folder=folder, where=work.activations)
+
+    def report(done: Progress) -> None:
+        work.show(phase, done)
+
+    backward_walk(model, tape, ids, visit, labels=labels, seed=recipe.seed, report=report)
 
 
 def _windows(work: Work, recipe: Recipe) -> Tensor:

@@ -65,9 +65,11 @@ def test_nothing_to_move() -> None:
 PLAN = "int2-g16-z+r2"
 
 
-def held(stages: list[tuple[str, dict[str, Any]]], folder: Path) -> tuple[Compressed, Any]:
+def held(
+    stages: list[tuple[str, dict[str, Any]]], folder: Path, text: str = PLAN
+) -> tuple[Compressed, Any]:
     model = Model.open(tiny_model("llama", folder / "model", torch.bfloat16))
-    ids, plan = windows(6, 12), Plan(dict.fromkeys(model.shapes, Target.parse(PLAN)))
+    ids, plan = windows(6, 12), Plan(dict.fromkeys(model.shapes, Target.parse(text)))
     found = [methods.get(name)(**options) for name, options in stages]
     compressed = Compressed(model, plan, ids, 0, CPU, folder, "memory")
     stream = open_stream(model, ids, device=CPU, folder=folder, where="memory")
@@ -110,4 +112,14 @@ def test_blocks_are_tuned_around_other_parts(tmp_path: Path) -> None:
     parts = parts_of(compressed, stream)
     assert {tuple(type(part).__name__ for part in some) for some in parts.values()} == {
         ("Quantized", "LowRank")
+    }
+
+
+def test_blocks_are_tuned_around_outliers_that_stand_alone(tmp_path: Path) -> None:
+    """The stage that tunes them makes the codes too."""
+    options = {"steps": 6, "batch": 2}
+    stages: list[tuple[str, dict[str, Any]]] = [("spqr", {}), ("autoround", options)]
+    parts = parts_of(*held(stages, tmp_path, "int2-g16-z+o2%"))
+    assert {tuple(part.kind for part in some) for some in parts.values()} == {
+        ("quantized", "sparse")
     }

@@ -1,10 +1,12 @@
 """Descent as a stage: where it starts, what it leaves alone, that it never loses."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from aptq.core.grid import Grid
-from aptq.core.parts import Dense, Quantized
+from aptq.core.parts import Dense
 from aptq.core.plan import PartSpec, Target
 from aptq.engine.layer import Layer
 from aptq.engine.stage import methods
@@ -87,18 +89,39 @@ def test_without_tokens_nothing_moves_and_is_counted() -> None:
     assert made.counts["fallbacks"] == 2
 
 
-def test_sixteen_bits_are_left_alone_and_sums_refused() -> None:
+def test_sixteen_bits_are_left_alone_and_several_widths_refused() -> None:
     stage, made = Descent(), layer("int4-g16-z", Hessian(), after="gptq")
-    quantized = made.parts[0]
-    assert isinstance(quantized, Quantized)
     dense = Dense(made.weight.bfloat16())
     made.parts = [dense]
     assert stage.on_layer(made).parts == [dense]
-    made.parts = [quantized, dense]
+    several = replace(made, target=Target.parse("int3-g8-z~"), parts=[])
+    several = methods.get("slim")().on_layer(several)
     with pytest.raises(ValueError, match=r"block\.linear"):
-        stage.on_layer(made)
+        stage.on_layer(several)
     bare = Layer("a", "up", made.weight, None, Target((PartSpec(Grid("bf16")),)), made.stats)
     assert torch.equal(stage.on_layer(bare).dense(), made.weight.bfloat16().float())
+
+
+@pytest.mark.parametrize("drift", [0.0, 1.0])
+def test_codes_move_beside_outliers_and_factors(drift: float) -> None:
+    stage = Descent(drift=drift)
+    made = layer("int3-g16-z", stage.needs()[0])
+    made = replace(made, target=Target.parse("int3-g16-z+o5%+r2"))
+    for name, options in (("spqr", {}), ("gptq", {"drift": drift}), ("eora", {"drift": drift})):
+        made = methods.get(name)(**options).on_layer(made)
+    codes, *others = made.parts
+    before = stage.objective(made)
+    made = stage.on_layer(made)
+    assert stage.objective(made) < before
+    assert made.parts[0] is not codes
+    assert made.parts[1:] == others
+    stat = made.stats[stage.needs()[0]]
+    assert isinstance(stat, Hessian)
+    error = made.dense() - stat.target(made.weight, drift)
+    loss = float(((error @ stat.metric(stage.damp)) * error).sum())
+    assert stage.objective(made) == pytest.approx(loss, rel=1e-4)
+    with_only_outliers = replace(made, target=Target.parse("int3-g16-z+o5%"), parts=others[:1])
+    assert [x.kind for x in stage.on_layer(with_only_outliers).parts] == ["quantized", "sparse"]
 
 
 @pytest.mark.parametrize("options", [{"sweeps": 0}, {"rounds": -1}, {"damp": -1.0}, {"drift": 2.0}])

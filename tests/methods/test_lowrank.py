@@ -196,6 +196,22 @@ def test_turns_never_end_above_one_turn(codes: str, weights: str) -> None:
     assert losses[2] <= losses[1] < losses[0]
 
 
+def test_turns_leave_outliers_where_they_are() -> None:
+    x = inputs(400)
+    losses = []
+    for rounds in (1, 10):
+        stage = methods.get("lqlora")(rounds=rounds)
+        made = methods.get("spqr")().on_layer(layer("int2-g8-z+o5%+r4", x))
+        (outliers,) = made.parts
+        made = stage.on_layer(made)
+        losses.append(stage.objective(made))
+        assert [part.kind for part in made.parts] == ["quantized", "sparse", "lowrank"]
+        assert made.parts[1] is outliers
+    assert losses[1] <= losses[0]
+    plain = methods.get("lqlora")().on_layer(layer("int2-g8-z+r4", x))
+    assert losses[1] < methods.get("lqlora")().objective(plain)
+
+
 def test_whole_rank_leaves_rounding_of_the_factors_alone() -> None:
     stage = methods.get("lqlora")(rounds=1)
     one = layer(f"int2-g8-z+r{OUT}", inputs(400))

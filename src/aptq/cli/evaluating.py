@@ -89,9 +89,12 @@ def compare(
     """Size, perplexity, divergence and tasks of several models, measured on the same tokens."""
     with guard(debug):
         from aptq import comparing
+        from aptq.report.markup import plotly
         from aptq.terminal import Display, quiet_libraries
 
         exam = _exam(text, windows, length, tasks, limit, seed)
+        if html is not None:
+            plotly("graph_objects", "picture")  # before the long work, not after it
         quiet_libraries()
         with Display(quiet=as_json or quiet) as display:
             found = comparing.compare(

@@ -164,18 +164,17 @@ def tunable_layers(block: Block) -> dict[str, Layer]:
 
 
 def part_in(layer: Layer) -> Quantized | None:
-    """The one part of a layer that was quantized before; None if it has none.
+    """The codes of a layer that was quantized before, as it is alone; None if it has none.
 
-    Raises ValueError where the layer is a sum of several parts.
+    Raises ValueError where they are of several widths.
     """
     if not layer.parts:
         return None
-    part = layer.parts[0]
-    if len(layer.parts) > 1 or not isinstance(part, Quantized):
-        kinds = ", ".join(type(x).__name__ for x in layer.parts)
+    (part,) = layer.parts
+    if not isinstance(part, Quantized):
         raise ValueError(
             f"a reconstruction cannot open {layer.name}\n"
-            f"its parts are {kinds}, and one Quantized is expected\n"
-            "put the stage in front of those that add parts"
+            f"its codes are {type(part).__name__}, Quantized expected: one width for all groups\n"
+            "give it a grid without '~', or leave the stage out"
         )
     return part

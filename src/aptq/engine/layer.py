@@ -1,7 +1,8 @@
 """Layer: one linear on its way from weight to parts."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from aptq.core.parts import Part
@@ -32,6 +33,16 @@ class Layer:
     def coded(self) -> bool:
         """Are there codes, or 16-bit weights, for all places?"""
         return any(part.meta()["type"] in CODED for part in self.parts)
+
+    def beside(self) -> Tensor:
+        """What the parts beside the codes hold together, [out, in] float32."""
+        others = (part.dense() for part in self.parts if part.meta()["type"] not in CODED)
+        return sum(others, start=torch.zeros_like(self.weight))
+
+    def codes(self) -> "Layer":
+        """The layer as its codes see it: what the other parts hold is taken off the weight."""
+        own = [part for part in self.parts if part.meta()["type"] in CODED]
+        return replace(self, weight=self.weight - self.beside(), parts=own)
 
     def add(self, part: Part) -> None:
         """One more part; they stand in the order of the target's, whichever comes first."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from aptq.core.parts import Dense
 from aptq.core.plan import Target
 from aptq.engine.block import Block
 from aptq.engine.compressed import Compressed
@@ -134,9 +135,17 @@ class Stage:
     def extend(self, layer: Layer, base: Tensor, targets: Sequence[Target]) -> Iterator[Tensor]:
         """The dense weights of some targets where earlier stages made `base` [out, in] of all.
 
-        For stages that only add.
+        For stages that only add; they override it where many targets share work.
         """
-        raise NotImplementedError
+        for target in targets:
+            made = replace(layer, target=target, parts=[Dense(base)])
+            yield self.on_layer(made).dense()
+
+    def places(self, layer: Layer, count: int) -> Tensor | None:
+        """Where `traced` stages keep `count` single weights, one bit each, uint8
+        [out, ceil(in / 8)]; None where the walk has told nothing.
+        """
+        return None
 
 
 methods: Registry[Stage] = Registry("aptq.methods")

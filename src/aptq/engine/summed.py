@@ -6,7 +6,6 @@ W_q = Q(u) + B A + rest; single weights, and factors at a rate of 0, are the fix
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from aptq.engine.layer import Layer
 
 
 class Summed(Knob):
-    """An inner knob for the first part (None: it stays), and what is added to it."""
+    """An inner knob for the codes (None: they stay), and what is added to them."""
 
     rest: Tensor
 
@@ -30,7 +29,8 @@ class Summed(Knob):
         the sum of the parts that stay.
         """
         super().__init__()
-        self.inner, self.fixed, self.spec = inner, list(layer.parts), spec
+        self.inner, self.spec, own = inner, spec, layer.codes().parts
+        self.held, self.others = own, [part for part in layer.parts if part not in own]
         self.register_buffer("rest", rest)
         self.left: nn.Parameter | None = None
         if spec is not None:
@@ -68,18 +68,17 @@ class Summed(Knob):
         return total + sides[0].T @ sides[1]
 
     def part(self) -> Part:
-        """The first part alone; see `parts`."""
-        return self.fixed[0] if self.inner is None else self.inner.part()
+        """The codes alone; see `parts`."""
+        return self.held[0] if self.inner is None else self.inner.part()
 
     @torch.no_grad()
     def parts(self) -> list[Part]:
         """All parts in their order."""
-        first = self.part()
         others = [
             self._factors() if isinstance(part, LowRank) and self.left is not None else part
-            for part in self.fixed[1:]
+            for part in self.others
         ]
-        return [first, *others]
+        return [self.part(), *others]
 
     def groups(self) -> list[dict[str, Any]]:
         """Those of the inner knob, and the factors."""
@@ -110,14 +109,10 @@ def summed(layer: Layer, make: Callable[[Layer], Knob] | None, factors: float = 
     """
     spec = layer.target.part("lowrank") if factors else None
     known = any(isinstance(part, LowRank) for part in layer.parts)
-    spec = spec if known else None
-    if len(layer.parts) < 2 or (make is None and spec is None):
+    spec, own = spec if known else None, layer.codes()
+    if len(own.parts) == len(layer.parts) or (make is None and spec is None):
         return make(layer) if make is not None else None
-    beside = [x for x in layer.parts[1:] if spec is None or not isinstance(x, LowRank)]
-    stay = beside if make is not None else [layer.parts[0], *beside]
+    moving = own.parts if make is not None else []
+    stay = [x for x in layer.parts if x not in moving and not (spec and isinstance(x, LowRank))]
     rest = sum((part.dense() for part in stay), torch.zeros_like(layer.weight))
-    if make is None:
-        return Summed(None, layer, factors, rest, spec)
-    added = sum((part.dense() for part in layer.parts[1:]), torch.zeros_like(layer.weight))
-    own = replace(layer, weight=layer.weight - added, parts=layer.parts[:1])
-    return Summed(make(own), layer, factors, rest, spec)
+    return Summed(make(own) if make is not None else None, layer, factors, rest, spec)

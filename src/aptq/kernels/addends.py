@@ -55,7 +55,7 @@ class Gathered(Tiled):
         """x [rows, in] -> [rows, out]."""
         if len(x) > FEW:
             return super().forward(x, bias)
-        columns, starts = self.get_buffer("columns").long(), self.get_buffer("starts").long()
+        columns, starts = self.get_buffer("columns").int(), self.get_buffer("starts").long()
         terms = x.T[columns].float() * self.get_buffer("values").float()[:, None]
         y = torch.segment_reduce(terms, "sum", offsets=starts, axis=0, initial=0.0)
         y = y.T.to(x.dtype)

@@ -4,7 +4,7 @@ Conv1D is transposed, fused linears are split into Joined, fused 3-D experts int
 Works on meta tensors too; splits are views of the fused storage and cost no memory.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -178,3 +178,22 @@ def normalise_model(model: nn.Module, config: PreTrainedConfig) -> nn.Module:
     for index, block in enumerate(blocks):
         normalise(block, arch.joined, config, f"{arch.blocks}.{index}")
     return model
+
+
+def join_rows(tensors: MutableMapping[str, Tensor], path: str, roles: Sequence[str]) -> None:
+    """Undo the split of the linear `path` on tensors by name, in place, if all its parts are in."""
+    for leaf in ("weight", "bias"):
+        names = [f"{path}.{role}.{leaf}" for role in roles]
+        if tensors.keys() >= set(names):
+            tensors[f"{path}.{leaf}"] = torch.cat([tensors.pop(name) for name in names])
+
+
+def join_experts(tensors: MutableMapping[str, Tensor], path: str, count: int) -> None:
+    """Undo the split of the `count` experts of `path` on tensors by name, in place."""
+    gates, ups, downs = (
+        [tensors.pop(f"{path}.{number}.{kind}_proj.weight") for number in range(count)]
+        for kind in ("gate", "up", "down")
+    )
+    pairs = zip(gates, ups, strict=True)
+    tensors[f"{path}.gate_up_proj"] = torch.stack([torch.cat(pair) for pair in pairs])
+    tensors[f"{path}.down_proj"] = torch.stack(downs)

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from aptq.report.markup import plotly
+
 WIDTH, HEIGHT = 60, 14  # characters
 
 
@@ -35,15 +37,8 @@ def write_html(path: Path, outlook: Mapping[str, Any]) -> None:
 
     Raises ValueError where Plotly is not installed.
     """
-    try:
-        from plotly import graph_objects
-    except ImportError as error:
-        raise ValueError(
-            f"the picture needs Plotly\nit is not installed, {path} was not written\n"
-            "pip install 'aptq[plotly]', or leave out --html"
-        ) from error
     front, unit = outlook["front"], outlook["unit"]
-    figure = graph_objects.Figure()
+    figure = plotly("graph_objects", "picture").Figure()
     figure.add_scatter(
         x=[point["bits"] for point in front],
         y=[point["loss"] for point in front],

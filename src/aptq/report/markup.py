@@ -4,7 +4,7 @@ import html
 import json
 import re
 from collections.abc import Iterable, Sequence
-from importlib import resources
+from importlib import import_module, resources
 from typing import Any
 
 Plot = dict[str, Any]  # what page/page.js draws
@@ -91,15 +91,20 @@ def lines(
     return [plot], figure(plot, title, says, numbers(plot))
 
 
-def document(title: str, body: str, plots: Sequence[Plot], version: str) -> str:
-    """One file that needs nothing else.  Raises ValueError where Plotly is not installed."""
+def plotly(module: str, what: str) -> Any:
+    """A module of Plotly.  Raises ValueError where it is not installed, which `what` needs."""
     try:
-        from plotly.offline import get_plotlyjs
+        import_module("plotly")
+        return import_module(f"plotly.{module}")
     except ImportError as error:
         raise ValueError(
-            "the report needs Plotly\nit is not installed, nothing was written\n"
+            f"the {what} needs Plotly\nit is not installed, nothing was drawn\n"
             "pip install 'aptq[plotly]'"
         ) from error
+
+
+def document(title: str, body: str, plots: Sequence[Plot], version: str) -> str:
+    """One file that needs nothing else.  Raises ValueError where Plotly is not installed."""
     parts = resources.files("aptq.report") / "page"
     known = {
         "title": esc(title),
@@ -108,7 +113,7 @@ def document(title: str, body: str, plots: Sequence[Plot], version: str) -> str:
         "version": esc(version),
         # "</script>" in a name would end the block
         "plots": json.dumps(plots, allow_nan=False).replace("<", "\\u003c"),
-        "plotly": get_plotlyjs(),
+        "plotly": plotly("offline", "report").get_plotlyjs(),
         "script": (parts / "page.js").read_text("utf-8"),
     }
     page = (parts / "page.html").read_text("utf-8")

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from aptq.kernels.dispatch import Choice
-from aptq.model.normalise import Experts, Joined
+from aptq.model.normalise import Experts, Joined, join_experts, join_rows
 from aptq.model.skeleton import build_skeleton, safe_config
 from aptq.runtime.adapter import attach
 from aptq.runtime.hf import register
@@ -95,16 +95,6 @@ def _fuse(state: dict[str, Tensor], packed: nn.Module) -> None:
     for path, module in packed.named_modules():
         roles = [name for name, _ in module.named_children()]
         if isinstance(module, Joined):
-            for leaf in ("weight", "bias"):
-                names = [f"{path}.{role}.{leaf}" for role in roles]
-                if names[0] in state:
-                    state[f"{path}.{leaf}"] = torch.cat([state.pop(name) for name in names])
+            join_rows(state, path, roles)
         elif isinstance(module, Experts):
-            numbers = [role for role in roles if role.isdigit()]
-            linears = {
-                kind: [state.pop(f"{path}.{n}.{kind}_proj.weight") for n in numbers]
-                for kind in ("gate", "up", "down")
-            }
-            pairs = zip(linears["gate"], linears["up"], strict=True)
-            state[f"{path}.gate_up_proj"] = torch.stack([torch.cat(pair) for pair in pairs])
-            state[f"{path}.down_proj"] = torch.stack(linears["down"])
+            join_experts(state, path, module.num_experts)

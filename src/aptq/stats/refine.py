@@ -1,7 +1,8 @@
 """Refine: the base of stages that lower tr((Q - T) H (Q - T)^T) of a layer that is rounded already.
 
-Q [out, in] the layer's one quantized part, T its weight (with `drift` what comes nearest to the
-original outputs from the inputs at hand), H [in, in] the damped second moment of its inputs.
+Q [out, in] the layer's codes, T what they should be: its weight (with `drift` what comes nearest to
+the original outputs from the inputs at hand) less what parts beside the codes hold, H [in, in] the
+damped second moment of its inputs.
 """
 
 from __future__ import annotations
@@ -59,34 +60,35 @@ class Refine(Stage):
         H = hessian.metric(self.damp)
         if not H.sum().isfinite():
             return None
-        return Quadratic(hessian.target(layer.weight, self.drift), H, grid)
+        return Quadratic(hessian.target(layer.weight, self.drift) - layer.beside(), H, grid)
 
     def objective(self, layer: Layer) -> float:
         """tr((Q - T) H (Q - T)^T); |W - Q|^2 without inputs."""
         problem = self.problem(layer, Grid())
         if problem is None:
             return super().objective(layer)
-        error = layer.dense() - problem.weight
+        error = layer.codes().dense() - problem.weight
         return float(((error @ problem.H) * error).sum())
 
     def on_layer(self, layer: Layer) -> Layer:
-        """Replace the part by a better one.  ValueError where there are several parts."""
-        if len(layer.parts) == 1 and isinstance(layer.parts[0], Dense):
+        """Replace the codes by better ones, beside what else the layer has."""
+        own = layer.codes()
+        if own.parts and isinstance(own.parts[0], Dense):
             return layer
-        part = part_in(layer)
+        part = part_in(own)
         grid = layer.target.grid if part is None else part.grid
         assert grid is not None, f"{layer.name} has no single grid: {layer.target}"
         fixed = grid.dense or grid.special  # types of GGUF's own keep the scales that they have
         problem = None if fixed else self.problem(layer, grid)
         if part is None:
-            W = layer.weight if problem is None else problem.weight
-            layer.parts.append(nearest_part(W, grid))
-            part = part_in(layer) if not fixed else None
+            start = nearest_part(own.weight if problem is None else problem.weight, grid)
+            layer.add(start)
+            part = start if isinstance(start, Quantized) and not fixed else None
         if part is None or fixed:
             return layer
         if problem is None:
             for count in ("fallbacks", "nearest"):
                 layer.counts[count] = layer.counts.get(count, 0) + 1
             return layer
-        layer.parts = [self.refine(problem, part)]
+        layer.parts[0] = self.refine(problem, part)  # codes stand first
         return layer

@@ -7,12 +7,12 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 from aptq.model.model import Model
+from aptq.model.normalise import join_experts, join_rows
 from aptq.store.checkpoint import Checkpoint
 from aptq.store.headers import publish, tensor_chunks
 from aptq.store.predict import INDEX
@@ -86,18 +86,9 @@ def _join(model: Model, index: int, tensors: dict[str, Tensor]) -> None:
         return
     block = model.block_name(index)
     for path, roles in model.arch.joined.items():
-        for leaf in ("weight", "bias"):
-            names = [f"{block}.{path}.{role}.{leaf}" for role in roles]
-            if tensors.keys() >= set(names):
-                tensors[f"{block}.{path}.{leaf}"] = torch.cat([tensors.pop(n) for n in names])
+        join_rows(tensors, f"{block}.{path}", roles)
     for path, module in model.skeleton.get_submodule(block).named_modules(prefix=block):
         if isinstance(module, Conv1D) and f"{path}.weight" in tensors:
             tensors[f"{path}.weight"] = tensors[f"{path}.weight"].T.contiguous()
         elif f"{path}.0.gate_proj.weight" in tensors:
-            numbers = range(len(module.get_parameter("down_proj")))
-            gate, up, down = (
-                torch.stack([tensors.pop(f"{path}.{i}.{kind}_proj.weight") for i in numbers])
-                for kind in ("gate", "up", "down")
-            )
-            tensors[f"{path}.gate_up_proj"] = torch.cat([gate, up], dim=1)
-            tensors[f"{path}.down_proj"] = down
+            join_experts(tensors, path, len(module.get_parameter("down_proj")))

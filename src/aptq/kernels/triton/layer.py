@@ -13,7 +13,7 @@ from aptq.kernels.triton.layout import PLANES, Layout, layout_of, repack
 
 DTYPES = (torch.bfloat16, torch.float16)
 GROWTH = 1.2  # storage may grow so at most: 3 bits of 576 columns do, of 4096 nothing grows
-ROWS = 256  # from how many rows on decoding the weight once and a dense product are taken
+ROWS = 256  # from how many rows on decoding the weight once and a dense product are taken: a guess
 
 
 class Fused(Kernel):

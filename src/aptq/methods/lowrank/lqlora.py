@@ -61,26 +61,29 @@ class LQLoRA(InInputs):
     def on_layer(self, layer: Layer) -> Layer:
         """Set both parts."""
         grid, spec, found = layer.target.grid, layer.target.part("lowrank"), self.metric(layer)
-        if layer.parts or grid is None or found is None:
+        if layer.coded or grid is None or found is None:
             return super().on_layer(layer)
-        wanted = self.wanted(layer)
-        layer.parts = [self.coded(layer, wanted, grid)]
-        root, H = found
+        wanted = self.wanted(layer) - layer.beside()  # of outliers that were kept before
         if spec is None or grid.dense:
+            layer.add(self.coded(layer, wanted, grid))
             return layer if spec is None else super().on_layer(layer)
-        best = float("inf")
-        parts = layer.parts
+        root, H = found
+        best, left = float("inf"), wanted  # left: what the codes stand for
+        parts: tuple[Part, ...] = ()
         for number in range(self.rounds + 1):
-            error = wanted - parts[0].dense()
+            codes = self.coded(layer, left, grid)
+            error = wanted - codes.dense()
             added = best_part(error, spectrum(error, root), spec, H)
+            left = wanted - added.dense()
             rest = error - added.dense()
             loss = float(((rest if H is None else rest @ H) * rest).sum())
             if not loss < best:
                 break
-            best, layer.parts = loss, [parts[0], added]
+            best, parts = loss, (codes, added)
             layer.counts["rounds"] = number
-            parts = [self.coded(layer, wanted - added.dense(), grid)]
-        return layer
+        for part in parts:
+            layer.add(part)
+        return layer if parts else super().on_layer(layer)
 
     def coded(self, layer: Layer, weight: Tensor, grid: Grid) -> Part:
         """The part that stands for weight [out, in] on a grid."""

@@ -26,7 +26,7 @@ from aptq.engine.summed import summed
 class LREC(EndToEnd):
     """Factors of the whole model by AdamW; layers without factors stay."""
 
-    factors: float = 1e-2  # rate as a share of their root mean square
+    factors: float = 1e-2  # rate as a share of their root mean square; a guess, not tuned
     norms: float = 0.0  # rate of the norms' weights; the paper leaves them
 
     def on_layer(self, layer: Layer) -> Layer:

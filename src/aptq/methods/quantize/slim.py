@@ -37,7 +37,7 @@ class SliM(Stage):
     reach: float = 0.1  # ranges from 1 - reach to 1 + reach are tried; the paper's
     tries: int = 50  # of them on each side; the paper's
     # weight of the squared error of salient weights in that search, all others have 1; at 1, as in
-    # the paper's code, salience has no influence
+    # the paper's code, salience has no influence; a guess, not tuned
     salient: float = 2.0
     share: float = 0.01  # of a group's weights that are salient; about those beyond three sigma
     first: float = 0.0  # weight of a window's first token as a share of the whole window's

@@ -26,7 +26,7 @@ class EndToEndScales(EndToEnd):
     norms: float = 1e-4  # rate of the norms' weights
     weights: float = 0.0  # rate of the weights in steps of their grid; 0 = codes stay, the paper's
     zeros: float = 0.0  # rate of the zeros in steps; 0 = they stay, the paper's
-    # rate of factors beside the codes, as a share of their size; that of lrec
+    # rate of factors beside the codes, as a share of their size; that of lrec, not tuned
     factors: float = 1e-2
 
     @property

@@ -49,11 +49,13 @@ class SpQR(Marked):
         assert grid is not None, f"{layer.name} has no single grid: {layer.target}"
         if not isinstance(hessian, Hessian) or hessian.empty:
             return None
-        natural = torch.arange(layer.weight.shape[1], device=layer.weight.device)
-        factor, _ = hessian.factor(self.damp, natural)
+        W = layer.weight
+        # the order of `gptq`, which then finds its factor made
+        order = hessian.matrix().diagonal().argsort(descending=True, stable=True)
+        factor, _ = hessian.factor(self.damp, order)
         if factor is None:
             return None
-        W = layer.weight
-        costs = factor.inner.square().sum(0).reciprocal()  # of H^-1 = U^T U the diagonal
+        costs = torch.empty_like(factor.inner[0])
+        costs[order] = factor.inner.square().sum(0).reciprocal()  # of H^-1 = U^T U the diagonal
         scales = fit(W, grid, importance=costs, shrink=shrinks(self.clip))
         return (W - snap(W, scales, grid)).square() * costs
