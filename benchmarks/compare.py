@@ -48,6 +48,7 @@ def main() -> None:
     sha256 = common.sha256_model(options.reference)
     for label, row in zip(labels.values(), json.loads(done.stdout)["models"], strict=True):
         fixed = {"label": label, "model_sha256": sha256, "windows": options.windows}
+        fixed |= {"ours": row["format"] == "aptq"}
         row = {**fixed, **{key: value for key, value in row.items() if key != "model"}}
         print(f"{label}: {row}", flush=True)
         results.append(row)
