@@ -11,6 +11,7 @@ from aptq.core.plan import Plan, Target
 from aptq.engine.layer import Layer
 from aptq.engine.stage import Stage, methods
 from aptq.engine.stream import batch_windows, open_stream
+from aptq.engine.walk import walk
 from aptq.model.dry import record
 from aptq.model.model import Model
 from aptq.stats.hessian import Hessian
@@ -178,3 +179,29 @@ def test_tokens_of_experts_are_known(tmp_path: Path) -> None:
     ]
     # two experts a token: 48 tokens, of which 4 first ones count 6 times
     assert sum(totals) == 2 * (48 + 4 * 5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "mixtral"])
+def test_passes_end_where_nothing_more_is_wanted(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many batches, of which the later ones are cut short, show what a single one shows."""
+    model = Model.open(tiny_model(name, tmp_path))
+    ids, plan, found, runs = windows(4), uniform(model, "int8-g16-z"), [], []
+    plain = torch.nn.Linear.forward
+
+    def forward(self: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        runs[-1] += 1
+        return plain(self, x)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", forward)
+    for batch in (4, 1):
+        MOMENTS.clear()
+        stream = open_stream(model, ids, device=CPU, folder=tmp_path, where="memory", batch=batch)
+        runs.append(0)
+        walk(model, stream, [Spy()], plan, sink=lambda _: None)
+        found.append(dict(MOMENTS))
+    for path, moment in found[0].items():
+        torch.testing.assert_close(found[1][path], moment, rtol=1e-4, atol=1e-6)
+    spared = 3 * model.blocks  # the last linear of all batches but the first
+    assert name == "mixtral" or runs[1] == 4 * runs[0] - spared

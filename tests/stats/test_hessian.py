@@ -5,9 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aptq.core import gram
+from aptq.core.gram import add_by_weight, add_gram, add_weighted, each_stretch
 from aptq.engine.stat import Seen
 from aptq.stats import hessian
-from aptq.stats.hessian import Hessian, add_by_weight, add_gram, add_weighted, each_stretch
+from aptq.stats.hessian import Hessian
 
 CPU = torch.device("cpu")
 LENGTH = 6
@@ -183,7 +185,8 @@ def test_sums_of_the_matrix_units(
     """Whole windows in 16 bits, a massive first token, a row that is not finite, drift."""
     if device == "cpu":  # which multiplies 16-bit matrices by other calls
         plain = torch.mm
-        monkeypatch.setattr(hessian, "exact_products", lambda x: x.dtype == torch.bfloat16)
+        for module in (gram, hessian):
+            monkeypatch.setattr(module, "exact_products", lambda x: x.dtype == torch.bfloat16)
         monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype: plain(a.float(), b.float()))
     length, columns = 64, 2500 if device == "cuda" else 70
     x = rows(32 * length, columns).to(torch.bfloat16)

@@ -115,7 +115,7 @@ def _inverse_factor(H: Tensor, added: float) -> Tensor | None:
 
 def _finite(matrix: Tensor) -> bool:
     """True if no element is infinite or NaN: one sum, where isfinite writes a matrix first."""
-    return bool(matrix.sum(dtype=torch.float64).isfinite())
+    return bool(matrix.sum().isfinite())
 
 
 def _triangular_inverse(lower: Tensor) -> Tensor:

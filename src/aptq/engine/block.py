@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from aptq.core.parts import Dense
 from aptq.core.plan import Plan
 from aptq.core.profile import Profiles
+from aptq.engine.halt import Halt
 from aptq.engine.heap import trim_heap
 from aptq.engine.layer import Layer
 from aptq.engine.origin import Origin
@@ -120,6 +121,8 @@ class Block:
     def _observe(self, groups: Sequence[ResolvedGroup], needs: Sequence[Stat]) -> None:
         """One forward pass over all windows that shows `needs` the inputs of `groups`."""
         assert not any(need.gradient for need in needs), f"no gradients in a forward walk: {needs}"
+        idle = any(isinstance(module, Experts) for module in self.module.modules())
+        halt = Halt(alike=not idle and not any(need.watches for need in needs))
         with ExitStack() as stack:
             stack.enter_context(self._watching(needs))
             for group in groups:
@@ -127,7 +130,7 @@ class Block:
                 layers = self.open_layers(group)
                 shown = self._start(layers, dict.fromkeys((x.name for x in layers), needs))
                 self._fresh.setdefault(self.groups.index(group), set()).update(needs)
-                handle = first.register_forward_pre_hook(self._watch(first, shown, layers))
+                handle = first.register_forward_pre_hook(self._watch(first, shown, layers, halt))
                 stack.callback(handle.remove)
             with torch.inference_mode():
                 for windows, call in self.stream.inputs(self.index):
@@ -135,7 +138,7 @@ class Block:
                     if self.origin is not None and any(need.compares for need in needs):
                         paths = [next(iter(group.layers.values())) for group in groups]
                         self._before = self.origin.inputs(windows, paths)
-                    call.run(self.module)
+                    halt.run(call, self.module)
         self._before = {}
         lend(map(self.open_layers, groups))
 
@@ -174,7 +177,7 @@ class Block:
         return [Shown.of(layers[0], shared, weights), *shown]
 
     def _watch(
-        self, linear: nn.Linear, shown: Sequence[Shown], layers: Sequence[Layer]
+        self, linear: nn.Linear, shown: Sequence[Shown], layers: Sequence[Layer], halt: Halt
     ) -> Callable[..., None]:
         """A hook that shows the input of `linear`, that of `layers`, to statistics, row by row."""
         owner = self._owner(linear)
@@ -192,6 +195,7 @@ class Block:
                     layer.counts["tokens"] += len(seen.x)
             for one in shown:
                 one.show(seen, self._trace)
+            halt.shown()
 
         return hook
 

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from aptq.core.gram import add_gram
 from aptq.model.attention import Attention
 from aptq.model.watch import AttentionTrace, signs
-from aptq.stats.hessian import add_gram
 
 
 class Marginals(NamedTuple):

@@ -8,19 +8,17 @@ every token after it, yet in a window of 2,048 it is one row of 2,048.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
+from aptq.core.gram import Stretches, add_gram, add_weighted, each_stretch, exact_products
 from aptq.core.linalg import Damping, Factor, damped_factor, dead_columns
 from aptq.engine.stat import MOST_DROPPED, Seen, Stat
 from aptq.failures import Unsound
 
-Stretches = Sequence[tuple[float, int]]  # as Seen has them
-BINS = 32  # different weights of a window of 2^31 tokens, whose positions have up to 31 bits
 # share of mean(diag H) added before the drift is solved for: more than before a sweep, for it would
 # fit the noise of small directions
 DRIFT_DAMP = 0.03
@@ -80,7 +78,8 @@ class Hessian(Stat):
     def update(self, seen: Seen) -> None:
         """Add rows x [rows, in]; rows that are not finite are left out and counted."""
         # one pass: a row's sum is finite unless one of its values is not
-        finite = seen.x.sum(dim=1, dtype=torch.float32).isfinite()
+        narrow = seen.x.dtype == torch.float16  # its sums leave its range
+        finite = seen.x.sum(dim=1, dtype=torch.float32 if narrow else None).isfinite()
         x, good = seen.x, finite.sum()
         self.sums["rows"] += len(x)
         if x.is_cuda or int(good) < len(x):  # a GPU would have to be waited for
@@ -231,67 +230,3 @@ class Hessian(Stat):
         held = self.cache[key]
         assert isinstance(held, tuple)
         return held  # type: ignore[return-value]
-
-
-def exact_products(x: Tensor) -> bool:
-    """Are rows x multiplied in the matrix units of a GPU: exact products, float32 sums?"""
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
-
-
-def add_gram(total: Tensor, x: Tensor, alpha: float = 1.0) -> None:
-    """Add alpha x^T x to the upper triangle (in tiles) of `total` [in, in] float32; x [rows, in].
-
-    On a GPU 16-bit rows are multiplied in the matrix units.
-    """
-    columns = x.shape[1]
-    if exact_products(x):
-        step = max(2048, -(-columns // 4))  # smaller products would not fill the device
-        for a in range(0, columns, step):
-            rows = x[:, a : a + step]
-            part = torch.mm(rows.T, x[:, a:], out_dtype=torch.float32)
-            total[a : a + step, a:].add_(part, alpha=alpha)
-        return
-    wide = x.float()
-    # a tile row needs only the tiles from the diagonal on: 7/12 of the work with six tiles
-    step = max(96, -(-columns // 6))
-    for a in range(0, columns, step):
-        rows = wide[:, a : a + step]
-        total[a : a + step, a:].addmm_(rows.T, wide[:, a:], alpha=alpha)
-
-
-def add_weighted(
-    total: Tensor, x: Tensor, weight: Tensor, stretches: Stretches | None = None
-) -> None:
-    """Add sum_t w_t x_t x_t^T like `add_gram`; x [rows, in], weight [rows] float32, not negative.
-
-    A product of a weight and a 16-bit row would be rounded, so where few weights occur (profiles
-    have one a bin) rows of one weight are multiplied together and their sum is weighted.
-    stretches: the weights of whole windows, which finds these rows without waiting for the device.
-    """
-    if exact_products(x) and stretches:
-        for share, rows in each_stretch(stretches, x):
-            add_gram(total, rows, share)
-        return
-    if exact_products(x):
-        values = weight.unique()
-        if len(values) <= BINS:
-            add_by_weight(total, x, weight, values)
-            return
-    add_gram(total, x.float() * weight.sqrt()[:, None])
-
-
-def each_stretch(stretches: Stretches, *inputs: Tensor) -> Iterator[tuple[Any, ...]]:
-    """(weight, its rows of every one of the inputs [windows * length, in]) of stretches > 0."""
-    start, length = 0, sum(count for _, count in stretches)
-    for weight, count in stretches:
-        if weight > 0 and count:
-            parts = (x.reshape(-1, length, x.shape[1])[:, start : start + count] for x in inputs)
-            yield weight, *(part.reshape(-1, part.shape[2]) for part in parts)
-        start += count
-
-
-def add_by_weight(total: Tensor, x: Tensor, weight: Tensor, values: Tensor) -> None:
-    """`add_weighted` by one plain second moment for each of the different `values` of weight."""
-    for value in values.tolist():
-        if value > 0:
-            add_gram(total, x[weight == value], value)
