@@ -5,6 +5,7 @@ rates below, so they are right within a factor of two at best.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,7 +89,7 @@ def _memory(
 ) -> dict[str, int]:
     """Bytes by what they are for, at the block that takes most."""
     gpu = device.type == "cuda"
-    blocks = [_block(model, recipe, plan, index) for index in range(model.blocks)]
+    blocks = [_block(model, recipe, plan, index, device) for index in range(model.blocks)]
     largest = max(blocks, key=lambda block: sum(block.values()))
     parts = {**({} if gpu else {"program": PROGRAM}), **largest}
     config = model.config.get_text_config()
@@ -121,7 +122,9 @@ def _on_gpu(
     if parts["factorisation"]:
         most_factor, left = (CORRECTION, LEFT + 4) if drifts else (DEVICE_FACTOR, LEFT)
         tries = len(candidates(recipe)) if measured else 1
-        parts["rounding"] = ROW_BYTES * numel * min(tries, most)
+        groups = (list(group.layers.values()) for group in model.groups(0))
+        swept = max(together([model.shapes[name] for name in group], device) for group in groups)
+        parts["rounding"] = ROW_BYTES * max(numel * min(tries, most), swept)
         alone = parts["rounding"] < (most_factor - left) * wide**2
         parts["factorisation"] = (most_factor if alone else left) * wide**2
         parts["rounding"] *= not alone  # the larger of the two, which follow one another
@@ -152,7 +155,15 @@ def _walk(recipe: Recipe, tokens: int, own: int = 0) -> int:
     return moving(recipe) * (stages + 1) * tokens + round(tuned * recipe.data.length)
 
 
-def _block(model: Model, recipe: Recipe, plan: Plan, index: int) -> dict[str, int]:
+def together(shapes: Sequence[tuple[int, int]], device: torch.device) -> int:
+    """Weights of a group that are rounded at once: of all its layers where there is room."""
+    sizes = [math.prod(shape) for shape in shapes]
+    return sum(sizes) if ROW_BYTES * sum(sizes) <= stack_bytes(device) else max(sizes)
+
+
+def _block(
+    model: Model, recipe: Recipe, plan: Plan, index: int, device: torch.device
+) -> dict[str, int]:
     needs = {need for stage in recipe.stages for need in stage.needs()}
     weights = sums = factor = sweep = 0
     for group in model.groups(index):
@@ -161,7 +172,7 @@ def _block(model: Model, recipe: Recipe, plan: Plan, index: int) -> dict[str, in
         weights += sum(math.prod(shape) for shape in shapes)
         sums += sum(need.nbytes(columns) * (len(shapes) if need.own else 1) for need in needs)
         if any(not plan.targets[name].kept for name in group.layers.values()):
-            sweep = max(sweep, SWEEP * max(math.prod(shape) for shape in shapes))
+            sweep = max(sweep, SWEEP * together(shapes, device))
             factor = max(factor, FACTOR * columns**2 if needs else 0)
     found = {"weights of a block": BLOCK * weights, "statistics": sums}
     return {**found, "factorisation": factor, "rounding": sweep}

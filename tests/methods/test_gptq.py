@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from aptq.core.grid import Grid
+from aptq.core.order import error_weights, visiting_order
 from aptq.core.plan import PartSpec, Target
 from aptq.engine.layer import Layer
 from aptq.engine.stage import methods
 from aptq.engine.stat import Seen
-from aptq.methods.quantize.gptq import GPTQ, error_weights, visiting_order
+from aptq.methods.quantize import gptq
+from aptq.methods.quantize.gptq import GPTQ
 from aptq.stats.hessian import Hessian
 
 CPU = torch.device("cpu")
@@ -203,3 +205,43 @@ def test_pull_shrinks_the_compensation() -> None:
         GPTQ(pull=0.1, hessian="attn-in")
     with pytest.raises(ValueError, match="out of range"):
         GPTQ(pull=1.5)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"clip": 0.5, "pull": 0.1}, {"columns": "natural"}], ids=str
+)
+def test_layers_of_one_input_are_swept_together(
+    options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage, shared, sweeps = GPTQ(**options), layer("int4-row"), list[int]()  # type: ignore[arg-type]
+    plain = gptq.sweep
+
+    def counted(weight: torch.Tensor, *rest: object, **more: object) -> object:
+        sweeps.append(len(weight))
+        return plain(weight, *rest, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(gptq, "sweep", counted)
+    texts = ("int3-g16-z", "int4-row", "int2-g7-fz")
+    found = []
+    for room in (1 << 30, 0):
+        monkeypatch.setattr(gptq, "stack_bytes", lambda _device, room=room: room)
+        layers = [
+            replace(layer(text, seed=3 + n), stats=shared.stats) for n, text in enumerate(texts)
+        ]
+        found.append(stage.on_group(layers))
+        shared.stats[Hessian()].forget()
+    rows = len(shared.weight)
+    assert sweeps == [3 * rows, rows, rows, rows]
+    for one, other in zip(*found, strict=True):
+        assert (one.dense() == other.dense()).float().mean() > 0.999
+        assert one.parts[0].meta() == other.parts[0].meta()
+        assert one.counts == other.counts
+
+
+def test_layers_with_other_inputs_are_swept_alone() -> None:
+    stage = GPTQ()
+    for text in ("int3-g16-z", "bf16"):
+        layers = [layer("int3-g16-z"), layer(text, seed=1)]
+        alone = [stage.on_layer(replace(x, parts=[])).dense() for x in layers]
+        for one, other in zip(stage.on_group(layers), alone, strict=True):
+            assert torch.equal(one.dense(), other)

@@ -101,15 +101,14 @@ class Stage:
         return ()
 
     def on_blocks(self, blocks: Sequence[Block]) -> None:
-        """Work on loaded blocks; by default group by group: collect, `on_layer`, commit."""
+        """Work on loaded blocks; by default group by group: collect, `on_group`, commit."""
         for block in blocks:
             for group in block.groups:
                 layers = block.open_layers(group)
                 if not layers:
                     continue
                 block.collect(self.needs(), group)
-                for layer in layers:
-                    block.layers[layer.name] = self.on_layer(layer)
+                block.layers |= {layer.name: layer for layer in self.on_group(layers)}
                 block.commit(group)
             block.close_stage()
 
@@ -123,6 +122,10 @@ class Stage:
     def on_layer(self, layer: Layer) -> Layer:
         """Compress one layer; returned, not only mutated, so that it may run elsewhere."""
         return layer
+
+    def on_group(self, layers: Sequence[Layer]) -> list[Layer]:
+        """`on_layer` of layers that read the same input; methods override it to share work."""
+        return [self.on_layer(layer) for layer in layers]
 
     def attempt(self, layer: Layer, targets: Sequence[Target]) -> Iterator[Tensor]:
         """The dense weights [out, in] that `on_layer` makes of a layer at each of some targets.

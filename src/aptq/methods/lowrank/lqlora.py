@@ -11,11 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from aptq.core.factors import best_part, spectrum
 from aptq.core.grid import Grid
+from aptq.core.order import error_weights, visiting_order
 from aptq.core.parts import Part, nearest_part, part_of
 from aptq.core.rounding import fit, shrinks
 from aptq.core.sweep import GridRule, sweep
@@ -91,15 +91,15 @@ class LQLoRA(InInputs):
         assert hessian is not None, layer.name
         if grid.dense or self.codes == "nearest":
             return nearest_part(weight, grid, shrink=shrinks(self.clip))
-        order = hessian.matrix().diagonal().argsort(descending=True, stable=True)
+        H = hessian.matrix()
+        order = visiting_order(H.diagonal(), grid, "activation")
         factor, _ = hessian.factor(self.damp, order)
         if factor is None:
             layer.counts["fallbacks"] = layer.counts.get("fallbacks", 0) + 1
             return nearest_part(weight, grid, shrink=shrinks(self.clip))
         W = weight.clone()
-        W[:, hessian.matrix().diagonal() <= 0] = 0
-        importance = torch.empty_like(factor.inner[0])
-        importance[order] = factor.inner.diagonal().square().reciprocal()
+        W[:, H.diagonal() <= 0] = 0
+        importance = error_weights(H, factor.inner, order, "conditional")
         scales = fit(W, grid, importance=importance, shrink=shrinks(self.clip))
         rule = GridRule(grid, (W.shape[0], W.shape[1]), scales)
         rounded = sweep(W, factor.inner, rule, order=order).rounded

@@ -17,7 +17,8 @@ from torch import Tensor
 from aptq.core.grid import Grid
 from aptq.core.kron import head_factors, sweep_rows
 from aptq.core.linalg import Damping
-from aptq.core.parts import part_of
+from aptq.core.order import error_weights, visiting_order
+from aptq.core.parts import Part, part_of
 from aptq.core.plan import Target
 from aptq.core.rounding import Scales, fit, shrinks, snap
 from aptq.core.stack import ROW_BYTES, StackRule
@@ -137,17 +138,46 @@ class GPTQ(Stage):
 
     def on_layer(self, layer: Layer) -> Layer:
         """Add the part that best stands for what is left of the weight."""
-        grid = layer.target.grid
-        assert grid is not None, f"{layer.name} has no single grid: {layer.target}"
-        problem = self.prepare(layer, grid)
-        if problem is None:
-            W = layer.residual()
-            scales = fit(W, grid, shrink=shrinks(self.clip))
-            rounded = snap(W, scales, grid)
-        else:
-            rounded, scales = self.compensate(layer, problem, grid)
-        layer.add(part_of(rounded, scales, grid))
-        return layer
+        return self.on_group([layer])[0]
+
+    def on_group(self, layers: Sequence[Layer]) -> list[Layer]:
+        """The same for layers of one input: one sweep of all their rows, where memory has room."""
+        grids = [_grid(layer) for layer in layers]
+        problems = [self.prepare(layer, grid) for layer, grid in zip(layers, grids, strict=True)]
+        known = [problem for problem in problems if problem is not None]
+        together = len(layers) > 1 and self.side_by_side(layers, grids)
+        if not together or len(known) < len(layers):
+            for layer, problem, grid in zip(layers, problems, grids, strict=True):
+                layer.add(self.rounded(layer, problem, grid))
+            return list(layers)
+        tries, first = shrinks(self.clip), known[0]
+        scales = [
+            fit(problem.W, grid, importance=problem.importance, shrink=tries)
+            for problem, grid in zip(known, grids, strict=True)
+        ]
+        rule = StackRule(grids, scales, first.W.shape[1])
+        rows = torch.cat([problem.W for problem in known])
+        swept = sweep(rows, first.U, rule, order=first.order, pull=self.pull).rounded
+        parts = swept.split([len(problem.W) for problem in known])
+        for layer, part, held, grid in zip(layers, parts, scales, grids, strict=True):
+            layer.add(part_of(part, held, grid))
+        return list(layers)
+
+    def side_by_side(self, layers: Sequence[Layer], grids: Sequence[Grid]) -> bool:
+        """Can the layers' rows be swept together?  Scales known, one Hessian, one order, memory."""
+        simple = all(self.fixed(grid) and not grid.dense for grid in grids)
+        simple = simple and self.columns != "grouped" and not self.attentive
+        one = len({id(self.seen(layer)) for layer in layers}) == 1
+        size = ROW_BYTES * sum(layer.weight.numel() for layer in layers)
+        return simple and one and size <= stack_bytes(layers[0].weight.device)
+
+    def rounded(self, layer: Layer, problem: Problem | None, grid: Grid) -> Part:
+        """The part of one layer by itself; without a problem the nearest."""
+        if problem is not None:
+            return part_of(*self.compensate(layer, problem, grid), grid)
+        W = layer.residual()
+        scales = fit(W, grid, shrink=shrinks(self.clip))
+        return part_of(snap(W, scales, grid), scales, grid)
 
     def attempt(self, layer: Layer, targets: Sequence[Target]) -> Iterator[Tensor]:
         """All candidates in few sweeps, where one order of columns fits all.
@@ -233,31 +263,9 @@ class GPTQ(Stage):
         return sweep_rows(W, U, side, rule, rows=rows, order=order).rounded
 
 
-def visiting_order(diagonal: Tensor, grid: Grid, columns: str) -> Tensor:
-    """Column ids [in] in the order of the sweep; diagonal of H [in].  Ties go to the lower id."""
-    count = len(diagonal)
-    natural = torch.arange(count, device=diagonal.device)
-    if columns == "natural":
-        return natural
-    inside = diagonal.argsort(descending=True, stable=True)
-    if columns == "activation" or grid.group == 0:
-        return inside
-    owner = natural // grid.group
-    peak = torch.zeros(grid.groups(count), dtype=diagonal.dtype, device=diagonal.device)
-    peak.scatter_reduce_(0, owner, diagonal, "amax")
-    rank = peak.argsort(descending=True, stable=True).argsort()
-    return inside[rank[owner[inside]].argsort(stable=True)]
-
-
-def error_weights(H: Tensor, U: Tensor, order: Tensor, importance: str) -> Tensor | None:
-    """What one squared rounding error in each column costs, [in] in natural order."""
-    if importance == "equal":
-        return None
-    if importance == "diagonal":
-        return H.diagonal()
-    weights = torch.empty_like(U[0])
-    weights[order] = U.diagonal().square().reciprocal()
-    return weights
+def _grid(layer: Layer) -> Grid:
+    assert layer.target.grid is not None, f"{layer.name} has no single grid: {layer.target}"
+    return layer.target.grid
 
 
 def _count(layer: Layer, hessian: Hessian, damping: Damping) -> None:

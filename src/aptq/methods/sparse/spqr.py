@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from aptq.core.order import visiting_order
 from aptq.core.rounding import fit, shrinks, snap
 from aptq.engine.layer import Layer
 from aptq.engine.stage import methods
@@ -51,7 +52,7 @@ class SpQR(Marked):
             return None
         W = layer.weight
         # the order of `gptq`, which then finds its factor made
-        order = hessian.matrix().diagonal().argsort(descending=True, stable=True)
+        order = visiting_order(hessian.matrix().diagonal(), grid, "activation")
         factor, _ = hessian.factor(self.damp, order)
         if factor is None:
             return None
