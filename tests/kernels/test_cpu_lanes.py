@@ -226,3 +226,14 @@ def test_a_packed_linear_takes_views() -> None:
     layer.prepare(torch.float32)  # type: ignore[operator]
     x = randn(3, 2, 128).transpose(0, 1)
     assert torch.allclose(layer(x), 2 * x @ part.dense().T, atol=1e-4)
+
+
+def test_a_copy_reads_its_own_memory() -> None:
+    part, kernel = lanes("int3-g32-z")
+    x = randn(2, IN)
+    wanted = kernel(x).clone()  # from here on it knows where its words lie
+    other = deepcopy(kernel)
+    for tensor in kernel.buffers():
+        tensor.zero_()
+    assert torch.equal(other(x), wanted)
+    assert part.shape == other.shape

@@ -55,9 +55,13 @@ def root(
 
 def main() -> None:
     """Run the command line of this process."""
-    # OpenMP's threads spin while they wait; on a busy machine they then starve each other (161 s
-    # instead of 39 s measured).  Read when torch is loaded, so it has to be said before.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # OpenMP's threads spin while they wait: on a busy machine they then starve each other (161 s
+    # instead of 39 s measured), and where they sleep at once they have to be woken for each of the
+    # hundreds of products of a token (28 instead of 40 tokens/s).  A thousand turns are some 20
+    # microseconds.  Read when torch is loaded, so it has to be said before.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     # whole GPUs are planned for ("fits"): an eighth of one was lost to holes between fixed segments
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     try:

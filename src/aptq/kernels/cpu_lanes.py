@@ -38,6 +38,7 @@ class Lanes(Kernel):
         size = min(grid.group or shape[1], shape[1])
         self.grid, self.tiles = grid, len(words)
         self.layout = words.shape[1], -(-size // STEP)  # chunks, and those that share a scale
+        self.made: tuple[int, Any] = (0, None)  # address of the words, and a job with them
         self.register_buffer("words", words, persistent=False)
         self.register_buffer("scale", scales.scale, persistent=False)
         self.register_buffer("zero", scales.zero, persistent=False)
@@ -77,12 +78,15 @@ class Lanes(Kernel):
                 f"weights on {self.words.device}, both must be on cpu\n"
                 "load the checkpoint again on the device that you want"
             )
-        if len(x) >= MANY or (x.requires_grad and torch.is_grad_enabled()):
+        rows, dtype = x.shape[0], x.dtype
+        if rows >= MANY or (x.requires_grad and torch.is_grad_enabled()):
             y = self._multiply(x)
+        elif dtype == torch.bfloat16:
+            y = x.new_empty(rows, self.shape[0])
+            self._run("product", x, y, 0, self.tiles)
         else:
-            dtype = x.dtype
-            x = x if dtype == torch.bfloat16 else x.float()
-            y = x.new_empty(len(x), self.shape[0])
+            x = x.float()
+            y = x.new_empty(rows, self.shape[0])
             self._run("product", x, y, 0, self.tiles)
             y = y.to(dtype)
         return y if bias is None else y + bias
@@ -102,25 +106,30 @@ class Lanes(Kernel):
     def _run(self, name: str, x: Tensor, y: Tensor, first: int, stop: int) -> None:
         """Let torch's threads do a job of cpu_code on tiles first..stop-1."""
         held = self._buffers  # attributes of a module take half a microsecond each
-        zero = held["zero"]
-        job = JOB(
-            held["words"].data_ptr(),
-            held["scale"].data_ptr(),
+        words = held["words"].data_ptr()
+        if self.made[0] != words:  # before the first product, and where the tensors have moved
+            self.made = words, self._fixed()
+        job = JOB.from_buffer_copy(self.made[1])  # of this call alone: threads may share a model
+        job[3], job[4], job[8] = x.data_ptr(), y.data_ptr(), x.shape[0]
+        job[5], job[6], job[7] = first, stop, first
+        job[12], job[15] = y.shape[1], x.dtype == torch.bfloat16
+        _team()(_code(name, self.grid.bits), job, torch.get_num_threads(), 0)
+
+    def _fixed(self) -> Any:
+        """What all jobs have in common; the rest is 0."""
+        scale, zero = self.scale, self.zero
+        return JOB(
+            self.words.data_ptr(),
+            scale.data_ptr(),
             0 if zero is None else zero.data_ptr(),
-            x.data_ptr(),
-            y.data_ptr(),
-            first,
-            stop,
-            first,
-            x.shape[0],
+            *(0,) * 6,
             self.shape[1],
             *self.layout,
-            y.shape[1],
-            held["scale"].dtype == torch.bfloat16,
+            0,
+            scale.dtype == torch.bfloat16,
             0 if zero is None else zero.itemsize,
-            x.dtype == torch.bfloat16,
+            0,
         )
-        _team()(_code(name, self.grid.bits), job, torch.get_num_threads(), 0)
 
     def rows(self, rows: Tensor) -> Tensor:
         """Rows [n] int64 of the weight, in any order: float32 [n, in]."""
