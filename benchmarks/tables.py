@@ -143,6 +143,24 @@ def compress_time(result: dict[str, Any]) -> Table:
     return (*names, *RATIOS.values()), lines
 
 
+def cpu_speed(result: dict[str, Any]) -> Table:
+    """Decoding and prefill beside bf16; torch's int4 where it was measured too."""
+    lines = []
+    for row in result["rows"]:
+        known = {(one["model"], one["case"], one["batch"]): one for one in row["speeds"]}
+        ones = [known[name, "decode", 1] for name in ("bf16", "packed")]
+        cells = [number(one["rate"], 1) for one in ones]
+        wanted = [("packed", "decode", 1), ("torch int4", "decode", 1)]
+        wanted += [("packed", "decode", 8), ("packed", "prefill", 1)]
+        cells += [number(known[key]["ratio"], 2) if key in known else "" for key in wanted]
+        held = row["resident_bytes"]
+        cells += [number(held[name] / 2**20, 0) for name in ("bf16", "packed")]
+        lines.append([row["label"], *cells])
+    names = ("model: grid", "bf16, tokens/s", "ours, tokens/s", "ratio", "ratio of torch's int4")
+    more = ("ratio, batch 8", "ratio, prefill", "bf16 holds, MiB", "ours holds, MiB")
+    return (*names, *more), lines
+
+
 def profile(result: dict[str, Any]) -> Table:
     """The functions with most time of their own in the last profiled run."""
     runs = [row["profile"] for row in result["rows"] if "profile" in row]
@@ -191,6 +209,7 @@ KINDS: dict[str, Callable[[dict[str, Any]], Table]] = {
     "steps": steps,
     "validation": quality,
     "compress_time": compress_time,
+    "cpu_speed": cpu_speed,
     "profile": profile,
     "memory": memory,
     "greedy": greedy,

@@ -12,7 +12,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from aptq.core.plan import Plan, Target
 from aptq.failures import Corrupt
 from aptq.kernels.cpu import Int4, Int8
-from aptq.kernels.cpu_lanes import Lanes
 from aptq.kernels.reference import Reference, Tiled
 from aptq.methods.quantize.rtn import RTN
 from aptq.model.model import Model
@@ -153,7 +152,7 @@ def test_the_fast_kernel_of_a_tied_head_serves_the_embedding_too(tmp_path: Path)
     run = compressed(wide_tied(tmp_path / "source"), tmp_path / "out", [RTN()], "int4-g32-z")
     model = load(run.folder)
     embedding = model.get_input_embeddings()
-    assert isinstance(embedding.parts[0], Lanes)
+    assert isinstance(embedding.parts[0], Int4)
     assert embedding.parts is model.lm_head.parts
     assert sum(t.nbytes for t in embedding.buffers()) <= 1.12 * run.outer.records[0]["after"]
     ids = torch.arange(272)

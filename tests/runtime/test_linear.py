@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from aptq.core.plan import Plan, Target
 from aptq.failures import Corrupt
-from aptq.kernels.cpu_lanes import Lanes
+from aptq.kernels.cpu import Int4
 from aptq.kernels.reference import Reference
 from aptq.runtime.linear import PackedLinear
 from aptq.runtime.skeleton import pack_skeleton
@@ -47,13 +47,13 @@ def test_prepare_replaces_the_storage() -> None:
     x = randn(3, 128).bfloat16()
     before = layer(x)
     layer.prepare(torch.bfloat16)
-    assert isinstance(layer.parts[0], Lanes)
+    assert isinstance(layer.parts[0], Int4)
     held: list[Tensor] = list(layer.buffers())
     assert sum(tensor.nbytes for tensor in held) <= 1.12 * part.nbytes
     assert not {t.data_ptr() for t in held} & {t.data_ptr() for t in part.tensors().values()}
     assert not layer.state_dict()  # rearranged storage is never saved
     assert float((layer(x) - before).norm() / before.norm()) < 8e-3
-    with pytest.raises(AssertionError, match="prepared already: Lanes"):
+    with pytest.raises(AssertionError, match="prepared already: Int4"):
         layer.prepare(torch.bfloat16)
 
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import aptq
 from aptq.core.plan import Plan, Target
 from aptq.failures import Corrupt
-from aptq.kernels.cpu_lanes import Lanes
+from aptq.kernels.cpu import Int4
 from aptq.kernels.reference import Reference
 from aptq.model.model import Model
 from aptq.runtime.linear import PackedLinear
@@ -94,7 +94,7 @@ def test_fast_kernels_take_over_and_stay_small(wide: Path) -> None:
     model = load(wide)
     layers = packed_layers(model)
     assert len(layers) == 14
-    assert all(isinstance(layer.parts[0], Lanes) for layer in layers)
+    assert all(isinstance(layer.parts[0], Int4) for layer in layers)
     exact = logits(load(wide, kernel="reference", dtype=torch.float32))
     error = (logits(model) - exact).norm() / exact.norm()
     rounding = (logits(load(wide, kernel="reference")) - exact).norm() / exact.norm()
