@@ -42,6 +42,8 @@ class Layer:
     def codes(self) -> "Layer":
         """The layer as its codes see it: what the other parts hold is taken off the weight."""
         own = [part for part in self.parts if part.meta()["type"] in CODED]
+        if len(own) == len(self.parts):  # nearly always: no copy of the weight
+            return self
         return replace(self, weight=self.weight - self.beside(), parts=own)
 
     def add(self, part: Part) -> None:
