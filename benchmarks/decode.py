@@ -31,6 +31,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--blocks", type=int, default=32)
     parser.add_argument("--bits", type=float, default=3.5, help="bits a weight, scales included")
+    parser.add_argument(
+        "--ranks", type=int, nargs="*", default=[0], help="of factors beside the packed codes"
+    )
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--plain", action="store_true", help="leave out the compiled rows")
@@ -71,8 +74,16 @@ def random_part(text: str, shape: tuple[int, int], device: str) -> object:
     return Quantized(codes, scale, None, grid, shape)
 
 
-def pack(model: nn.Module, bits: float) -> float:
-    """Replace the blocks' linears; bits a weight of what was built, the closest to `bits`."""
+def random_factors(rank: int, shape: tuple[int, int], device: str) -> object:
+    from aptq.core.parts import Dense, LowRank
+
+    sides = [(rank, size) for size in shape]
+    made = [0.01 * torch.randn(side, device=device).bfloat16() for side in sides]
+    return LowRank(*(Dense(side) for side in made))
+
+
+def pack(model: nn.Module, bits: float, rank: int) -> float:
+    """Replace the blocks' linears; bits a weight of the codes, the closest to `bits`."""
     from aptq.core.grid import Grid
     from aptq.runtime.linear import PackedLinear
 
@@ -87,14 +98,19 @@ def pack(model: nn.Module, bits: float) -> float:
         text = LOW if 8 * nbytes >= bits * weights else HIGH
         nbytes += Grid.parse(text).nbytes(shape)
         weights += shape[0] * shape[1]
-        packed = PackedLinear([random_part(text, shape, linear.weight.device)])
+        parts = [random_part(text, shape, linear.weight.device)]
+        if rank:
+            parts.append(random_factors(rank, shape, linear.weight.device))
+        packed = PackedLinear(parts)
         packed.prepare(torch.bfloat16)
         model.set_submodule(path, packed)
     return 8 * nbytes / weights
 
 
 @torch.inference_mode()
-def tokens_per_second(model: nn.Module, batch: int, count: int, device: str) -> float:
+def tokens_per_second(
+    model: nn.Module, batch: int, count: int, device: str, compiled: bool
+) -> float:
     from aptq.runtime.graph import Static
 
     ids = torch.randint(0, 256, (batch, 64), device=device)
@@ -103,7 +119,7 @@ def tokens_per_second(model: nn.Module, batch: int, count: int, device: str) -> 
         if device.startswith("cuda"):
             torch.cuda.synchronize(device)
 
-    forward = Static(model, batch, 64 + 4 + 3 * count)
+    forward = Static(model, batch, 64 + 4 + 3 * count, compiled=compiled)
     token = forward(ids).argmax(-1, keepdim=True)
     for _ in range(4):  # kernels, then the graph
         token = forward(token).argmax(-1, keepdim=True)
@@ -120,12 +136,13 @@ def tokens_per_second(model: nn.Module, batch: int, count: int, device: str) -> 
 
 
 def measure(
-    options: argparse.Namespace, results: common.Results, packed: bool, bits: float
+    options: argparse.Namespace, results: common.Results, bits: float, rank: int = 0
 ) -> None:
     wanted = []
     for compiled in (False, True)[: 1 if options.plain else 2]:
         for batch in options.batch:
-            kind = f"{bits:.2f} bits" if packed else "bf16"
+            kind = f"{bits:.2f} bits" if bits < 16 else "bf16"
+            kind += f" + rank {rank}" if rank else ""
             label = f"{kind}, {options.blocks} blocks, batch {batch}, " + (
                 "compiled" if compiled else "plain"
             )
@@ -134,15 +151,14 @@ def measure(
     if not wanted:
         return
     model = random_model(options)
-    built = pack(model, bits) if packed else 16.0
+    built = pack(model, bits, rank) if bits < 16 else 16.0
     gc.collect()
     held = None
     if options.device.startswith("cuda"):
         torch.cuda.empty_cache()
         held = round(torch.cuda.memory_allocated() / 2**30, 3)
     for label, batch, compiled in wanted:
-        used = torch.compile(model) if compiled else model
-        speed = tokens_per_second(used, batch, options.tokens, options.device)
+        speed = tokens_per_second(model, batch, options.tokens, options.device, compiled)
         row: common.Row = {"label": label, "bpw": round(built, 4), "memory_gib": held}
         row |= {"tokens_per_second": round(speed, 2), "milliseconds": round(1e3 * batch / speed, 4)}
         base = results.find({"label": "bf16" + label[label.index(",") :]})
@@ -156,9 +172,10 @@ def main() -> None:
     results = common.Results.open(
         options.name, device=options.device, protocol=PROTOCOL, folder=options.results
     )
-    measure(options, results, False, 16.0)
-    gc.collect()
-    measure(options, results, True, options.bits)
+    measure(options, results, 16.0)
+    for rank in options.ranks:
+        gc.collect()
+        measure(options, results, options.bits, rank)
 
 
 if __name__ == "__main__":

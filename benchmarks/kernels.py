@@ -1,14 +1,17 @@
 """Products with packed weights on a GPU beside bf16 (cuBLAS) and torch's int4, in one process.
 
-usage: python kernels.py [--tune] [--only TEXT]
+usage: python kernels.py [--tune] [--only TEXT ...]
 Every row is a grid and a shape at batch 1, 8, 32 and 64; "prefill" rows compare, from 64 rows on,
-the packed product with decoding the weight first, which is where layer.ROWS comes from.
+the packed product with decoding the weight first, which is where layer.ROWS comes from.  "tune"
+rows, with --tune, hold the seconds of every setting, which is where tuning.default comes from.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import multiprocessing
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import common
@@ -16,6 +19,7 @@ import torch
 from torch.nn import functional as F
 
 SHAPES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
+TUNED = (*SHAPES, (1024, 4096), (14336, 4096))
 GRIDS = tuple(f"int{bits}-g128" for bits in (4, 3, 2, 5, 6, 8))
 MORE = ("int4-g128-z", "int4-g32", "int4-g64-fz", "int4-row", "int3-g64-z")  # one shape only
 BATCHES = (1, 8, 32, 64)
@@ -24,7 +28,7 @@ ROTATED = 256 << 20  # bytes of weights in turn: more than four times an H200's 
 PROTOCOL = (
     "median microseconds of a call: CUDA graph of at least 32 calls over weights of more than "
     "256 MiB in turn, 7 replays; share = (stored weight + x + y) / time / bandwidth of a "
-    "device-to-device copy of 4 GiB, both directions counted; bf16 activations"
+    "kernel that copies 4 GiB, both directions counted; bf16 activations"
 )
 
 
@@ -35,10 +39,19 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--tune", action="store_true", help="first time all tiles and keep the best"
     )
-    parser.add_argument("--only", default="", help="rows whose label holds this text")
+    parser.add_argument("--batches", nargs="+", type=int, default=BATCHES, help="for --tune")
+    parser.add_argument("--workers", type=int, default=8, help="processes that compile for --tune")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="rows whose label holds one of these texts"
+    )
     parser.add_argument("--name", default="kernels-cuda")
     parser.add_argument("--results", type=Path, default=common.RESULTS)
     return parser.parse_args()
+
+
+def chosen(label: str, options: argparse.Namespace) -> bool:
+    """Is the row asked for?"""
+    return any(text in label for text in options.only)
 
 
 def copies(nbytes: int) -> range:
@@ -49,9 +62,10 @@ def copy_bandwidth() -> float:
     """Bytes a second of a device-to-device copy, read and written ones."""
     from aptq.kernels.triton.tuning import seconds
 
-    source = torch.randint(0, 255, (4 << 30,), dtype=torch.uint8, device="cuda")
+    source = torch.zeros(1 << 30, dtype=torch.int32, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.numel() / seconds([lambda: target.copy_(source)])
+    # a sum, for a plain copy would go to the copy engine, which is slower
+    return 2 * source.nbytes / seconds([lambda: torch.add(source, 1, out=target)])
 
 
 def dense_calls(shape: tuple[int, int], x: torch.Tensor) -> list[Callable[[], object]]:
@@ -82,7 +96,7 @@ def packed_layers(text: str, shape: tuple[int, int]) -> list:
     for _ in copies(layout.nbytes):
         kernel = Fused.__new__(Fused)
         torch.nn.Module.__init__(kernel)
-        kernel.shape, kernel.layout = shape, layout
+        kernel.shape, kernel.layout, kernel.left, kernel.right = shape, layout, None, None
         for name, tensor in random_buffers(layout, torch.device("cuda"))._asdict().items():
             kernel.register_buffer(name, tensor, persistent=False)
         held.append(kernel)
@@ -98,7 +112,8 @@ def bytes_of(text: str, shape: tuple[int, int], batch: int) -> int:
 
 def measure(text: str, shape: tuple[int, int], bandwidth: float) -> common.Row:
     """Microseconds and share of the copy's bandwidth at every batch."""
-    from aptq.kernels.triton.tuning import chosen, seconds
+    from aptq.kernels.triton.tuning import chosen as setting_of
+    from aptq.kernels.triton.tuning import seconds
 
     row: common.Row = {"microseconds": [], "share": [], "settings": []}
     held = packed_layers(text, shape) if text.startswith("int") else []
@@ -106,7 +121,7 @@ def measure(text: str, shape: tuple[int, int], bandwidth: float) -> common.Row:
         x = torch.randn(batch, shape[1], device="cuda").bfloat16()
         if held:
             calls = [lambda k=kernel, x=x: k(x) for kernel in held]
-            row["settings"].append(list(chosen(held[0].layout, batch, x.device)))
+            row["settings"].append(list(setting_of(held[0].layout, batch, x.device)))
         else:
             calls = (dense_calls if text == "bf16" else torch_calls)(shape, x)
         with torch.inference_mode():
@@ -126,7 +141,8 @@ def prefill(text: str, shape: tuple[int, int]) -> common.Row:
     layout = held[0].layout
 
     def packed(kernel: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-        return launch.multiply(x, kernel.codes, kernel.scale, kernel.zero, None, layout)
+        held = (kernel.codes, kernel.counts, kernel.scale, kernel.zero, None)
+        return launch.multiply(x, *held, layout)
 
     def decoded(kernel: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
         storage = (kernel.codes, kernel.scale, kernel.zero, layout)
@@ -142,16 +158,56 @@ def prefill(text: str, shape: tuple[int, int]) -> common.Row:
     return row
 
 
-def tune(text: str, shape: tuple[int, int]) -> None:
+def compile_settings(text: str, batch: int, wanted: list[tuple[int, ...]]) -> None:
+    """Fill the compiler's cache, in a process of its own."""
+    from aptq.core.grid import Grid
+    from aptq.kernels.triton.launch import run
+    from aptq.kernels.triton.layout import layout_of
+    from aptq.kernels.triton.tuning import Setting, random_buffers
+
+    layout = layout_of(Grid.parse(text), SHAPES[1])
+    held = random_buffers(layout, torch.device("cuda"))
+    x = torch.randn(batch, layout.columns, device="cuda").bfloat16()
+    for setting in wanted:
+        run(x, *held, None, layout, Setting(*setting))
+
+
+def compile_all(texts: list[str], options: argparse.Namespace) -> None:
+    """What tuning these grids will time."""
     from aptq.core.grid import Grid
     from aptq.kernels.triton.layout import layout_of
-    from aptq.kernels.triton.tuning import batch_of, tune
+    from aptq.kernels.triton.tuning import batch_of, candidates, default
+
+    jobs = []
+    for text in texts:
+        for batch in sorted({batch_of(batch) for batch in options.batches}):
+            layouts = [layout_of(Grid.parse(text), shape) for shape in TUNED]
+            found = {s for how in layouts for s in candidates(how, batch, 132)}
+            found |= {default(how, batch, 132) for how in layouts}
+            # the number of splits is not compiled in, only whether there are any
+            some = sorted({s._replace(splits=min(s.splits, 2)) for s in found})
+            jobs += [(text, batch, [tuple(s) for s in some[i::4]]) for i in range(4)]
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.workers, mp_context=spawn) as pool:
+        for done in [pool.submit(compile_settings, *job) for job in jobs]:
+            done.result()
+
+
+def tune(text: str, shape: tuple[int, int], batches: Iterable[int]) -> common.Row:
+    """Microseconds of every setting by batch, best first; the best is used from now on."""
+    from aptq.core.grid import Grid
+    from aptq.kernels.triton.layout import layout_of
+    from aptq.kernels.triton.tuning import batch_of, default, tune
 
     layout = layout_of(Grid.parse(text), shape)
     device = torch.device("cuda", torch.cuda.current_device())
-    for batch in sorted({batch_of(batch) for batch in BATCHES}):
-        best, took = tune(layout, batch, torch.bfloat16, device)
-        print(f"tuned {text} {shape} batch {batch}: {best} {1e6 * took:.1f} us", flush=True)
+    row: common.Row = {"timed": {}, "default": {}}
+    for batch in sorted({batch_of(batch) for batch in batches}):
+        found = tune(layout, batch, torch.bfloat16, device)
+        rule = default(layout, batch, torch.cuda.get_device_properties(0).multi_processor_count)
+        row["timed"][batch] = [[round(1e6 * took, 2), *how] for how, took in found.items()]
+        row["default"][batch] = round(1e6 * found[rule], 2)
+    return row
 
 
 def main() -> None:
@@ -165,19 +221,27 @@ def main() -> None:
     wanted += [(text, shape) for text in GRIDS for shape in SHAPES]
     wanted += [(text, SHAPES[2]) for text in MORE]
     wanted += [(f"prefill {text}", SHAPES[2]) for text in ("int4-g128", "int3-g128")]
+    if options.tune:
+        tuned = [(f"tune {text}", shape) for text in (*GRIDS, *MORE) for shape in TUNED]
+        tuned = [(text, (a, b)) for text, (a, b) in tuned if chosen(f"{text} {a}x{b}", options)]
+        compile_all(sorted({text.split()[1] for text, _ in tuned}), options)
+        wanted = tuned + wanted
     for text, shape in wanted:
         row: common.Row = {"label": f"{text} {shape[0]}x{shape[1]}"}
-        if options.only not in row["label"] or results.find(row) is not None:
+        if not chosen(row["label"], options) or results.find(row) is not None:
             continue
-        if options.tune and text.startswith("int"):
-            tune(text, shape)
-        if text.startswith("prefill"):
-            row |= prefill(text.split()[1], shape)
+        kind, _, grid = text.rpartition(" ")
+        if kind == "prefill":
+            row |= prefill(grid, shape)
+        elif kind == "tune":
+            row |= tune(grid, shape, options.batches)
         else:
             row |= {"batches": list(BATCHES), "copy_bandwidth": round(bandwidth / 1e12, 3)}
             row |= measure(text, shape, bandwidth)
         results.append(row)
         shown = {key: value for key, value in row.items() if key not in ("settings", "batches")}
+        if kind == "tune":
+            shown["timed"] = {batch: best[:3] for batch, best in row["timed"].items()}
         print(shown, flush=True)
         torch.cuda.empty_cache()
 

@@ -12,10 +12,10 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -108,9 +108,7 @@ def run(
         for label, words in [*first, *chosen]:
             print(f"{label}\n    {shlex.join(words)}")
         return
-    workers = _Workers(options)
-    workers.run_all(first)
-    workers.run_all(chosen)
+    _Workers(options).run_all([*first, *chosen], {Path(job[1][2]) for job in first})
 
 
 class _Workers:
@@ -141,9 +139,37 @@ class _Workers:
         lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
         return " | ".join([f"{time.monotonic() - began:.0f} s", *lines[-4:]])
 
-    def run_all(self, chosen: Sequence[Job]) -> None:
-        """Print a line for each as it ends."""
-        with ThreadPoolExecutor(self.count) as pool:
-            waiting = {pool.submit(self.run, words): label for label, words in chosen}
-            for done in as_completed(waiting):
-                print(f"{waiting[done]}: {done.result()}", flush=True)
+    def run_all(self, jobs: Sequence[Job], made: set[Path]) -> None:
+        """Each as soon as its files of `made` are there, in order; print a line when it ends."""
+        pending, busy, changed = list(jobs), 0, threading.Condition()
+
+        def ready(job: Job) -> bool:
+            # the job that writes a file names it too
+            return all(path.exists() or job[1][2] == str(path) for path in made & _paths(job))
+
+        def work() -> None:
+            nonlocal busy
+            while True:
+                with changed:
+                    while not (job := next(filter(ready, pending), None)) and busy:
+                        changed.wait()
+                    if job is None:
+                        return  # none is left, or nobody is at work on what the others need
+                    pending.remove(job)
+                    busy += 1
+                print(f"{job[0]}: {self.run(job[1])}", flush=True)
+                with changed:
+                    busy -= 1
+                    changed.notify_all()
+
+        threads = [threading.Thread(target=work) for _ in range(self.count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for label, _ in pending:
+            print(f"{label}: not run, its scores are missing", flush=True)
+
+
+def _paths(job: Job) -> set[Path]:
+    return {Path(word) for word in job[1]}

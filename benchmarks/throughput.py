@@ -147,16 +147,18 @@ def recipe_of(name: str, options: argparse.Namespace) -> Any:
 
 
 class Peaks:
-    """Peak of resident memory while it is open, sampled; and of the GPU, as its allocator says."""
+    """Peak of the process's own memory while it is open, sampled; and of the GPU by walk."""
 
     def __init__(self, device: str) -> None:
         self.device, self.resident, self.open = device, 0, True
+        self.walks, self.reserved = dict[str, int](), 0
         self.thread = threading.Thread(target=self._watch, daemon=True)
 
     def _watch(self) -> None:
         process = psutil.Process()
         while self.open:
-            self.resident = max(self.resident, process.memory_info().rss)
+            info = process.memory_info()  # pages of mapped files are the system's to take back
+            self.resident = max(self.resident, info.rss - info.shared)
             time.sleep(0.02)
 
     def __enter__(self) -> Peaks:
@@ -169,11 +171,20 @@ class Peaks:
         self.open = False
         self.thread.join()
 
-    def row(self) -> common.Row:
-        found = {"peak_rss_gib": round(self.resident / GIB, 2)}
+    def now(self, walk: str) -> None:
+        """What was allocated since the last call was for `walk`."""
         if self.device.startswith("cuda"):
-            found["peak_gpu_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 2)
-            found["reserved_gpu_gib"] = round(torch.cuda.max_memory_reserved() / GIB, 2)
+            self.walks[walk] = max(self.walks.get(walk, 0), torch.cuda.max_memory_allocated())
+            self.reserved = max(self.reserved, torch.cuda.max_memory_reserved())
+            torch.cuda.reset_peak_memory_stats()
+
+    def row(self) -> common.Row:
+        found: common.Row = {"peak_ram_gib": round(self.resident / GIB, 2)}
+        if self.device.startswith("cuda"):
+            self.now("end")
+            found["peak_gpu_gib"] = round(max(self.walks.values()) / GIB, 2)
+            found["walks_gib"] = {name: round(n / GIB, 2) for name, n in self.walks.items()}
+            found["reserved_gpu_gib"] = round(self.reserved / GIB, 2)
         return found
 
 
@@ -272,13 +283,16 @@ def compress(row: str, options: argparse.Namespace) -> common.Row:
     ends: dict[str, list[float]] = defaultdict(list)
     lines: list[str] = []
 
+    peaks = Peaks(options.device)
+
     def report(event: Step | str) -> None:
         if isinstance(event, Step):
+            peaks.now(event.phase)
             ends[event.phase].append(time.perf_counter())
         else:
             lines.append(event)
 
-    with Peaks(options.device) as peaks:
+    with peaks:
         start = time.perf_counter()
         pipeline.compress(model, out, recipe=recipe, device=options.device, report=report)
         seconds = time.perf_counter() - start

@@ -1,21 +1,25 @@
 """Sums of parts under training: the right weights, gradients and parts; other parts stay."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from aptq.core.parts import LowRank, Part
+from aptq.core.parts import LowRank, Part, Sparse
 from aptq.core.plan import Plan, Target
+from aptq.engine.block import Block
 from aptq.engine.compressed import Compressed
 from aptq.engine.layer import Layer
-from aptq.engine.stage import methods
+from aptq.engine.stage import Stage, methods
+from aptq.engine.stat import Seen
 from aptq.engine.stream import open_stream
 from aptq.engine.summed import Summed, summed
 from aptq.engine.walk import walk
 from aptq.model.model import Model
 from aptq.stats.correct import Correct
+from aptq.stats.hessian import Hessian
 from tests.core.test_sums import SHAPE, made, normal
 from tests.engine.run import CPU, windows
 from tests.tiny import tiny_model
@@ -123,3 +127,44 @@ def test_blocks_are_tuned_around_outliers_that_stand_alone(tmp_path: Path) -> No
     assert {tuple(part.kind for part in some) for some in parts.values()} == {
         ("quantized", "sparse")
     }
+
+
+class Look(Stage):
+    """Whether the block runs with its layers' own weights."""
+
+    def __init__(self) -> None:
+        self.found: list[bool] = []
+
+    def on_blocks(self, blocks: Sequence[Block]) -> None:
+        for block in blocks:
+            self.found += [
+                torch.equal(block.linears[name].weight.float(), layer.weight)
+                for name, layer in block.layers.items()
+            ]
+
+
+def test_a_block_keeps_its_weights_until_there_are_codes(tmp_path: Path) -> None:
+    model = Model.open(tiny_model("llama", tmp_path / "model", torch.bfloat16))
+    plan = Plan(dict.fromkeys(model.shapes, Target.parse("int4-g16+o3%")))
+    before, after = Look(), Look()
+    stages = [methods.get("spqr")(), before, methods.get("gptq")(), after]
+    stream = open_stream(model, windows(6, 12), device=CPU, folder=tmp_path, where="memory")
+    walk(model, stream, stages, plan, sink=lambda _block: None)
+    assert before.found
+    assert all(before.found)
+    assert not any(after.found)
+
+
+def test_what_drift_moves_is_the_whole_weight(tmp_path: Path) -> None:
+    """Outliers are part of what runs: the optimum that the codes go for counts them in."""
+    one = layer("int4-g7-z+o7%")
+    one.parts = [part for part in one.parts if isinstance(part, Sparse)]
+    hessian = Hessian(rows="uniform", drift=True).start(SHAPE[1], CPU)
+    x = normal(40, SHAPE[1])
+    hessian.update(Seen(x, None, 40, original=x + 0.3 * normal(40, SHAPE[1])))
+    stage = methods.get("gptq")(drift=0.5)
+    one.stats[stage.needs()[0]] = hessian
+    problem = stage.prepare(one, one.target.grid)  # type: ignore[attr-defined]
+    wanted = hessian.target(one.weight, 0.5) - one.dense()
+    torch.testing.assert_close(problem.W, wanted)
+    assert not torch.allclose(wanted, hessian.target(one.residual(), 0.5), rtol=1e-3, atol=1e-3)

@@ -222,16 +222,22 @@ class Block:
         return Seen(x, tokens % length, length, half, stretches=whole)
 
     def commit(self, group: ResolvedGroup) -> None:
-        """Put the sum of parts into the module, so that later passes see it."""
+        """Put the sum of parts into the module, so that later passes see it.
+
+        Parts that go beside codes which are still to come are nearly nothing: until then the weight
+        stays.
+        """
+        changed = False
         for layer in self.open_layers(group):
-            if layer.parts:
+            if layer.coded:
+                changed = True
                 linear = self.linears[layer.name]
                 # a new tensor: the old one may be mapped onto the source file
                 linear.weight.data = layer.dense().to(linear.weight.dtype)
             for stat in layer.stats.values():
                 stat.forget()
         trim_heap()
-        if self.order == "group":
+        if self.order == "group" and changed:
             self._forget(self._next(group))
 
     def enter(self, stream: Stream) -> None:
@@ -244,7 +250,7 @@ class Block:
         changed = [
             i
             for i, group in enumerate(self.groups)
-            if any(x.parts for x in self.open_layers(group))
+            if any(x.coded for x in self.open_layers(group))
         ]
         if changed:
             self._forget(changed[0] + 1)

@@ -39,6 +39,10 @@ class Kernel(nn.Module, ABC):
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [rows, in] -> [rows, out]."""
 
+    def absorb(self, other: "Kernel") -> bool:
+        """From now on add what `other` computes, if one call can do both; is it taken over?"""
+        return False
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # model.to(dtype) means activations and norms: codes and scales are what the file says.
         def moved(tensor: Tensor) -> Tensor:

@@ -10,7 +10,9 @@ from aptq.core.parts import Dense, Part, Quantized
 from aptq.core.rounding import Scales, decode
 from aptq.kernels.cpu import Int4, Int8, layout
 from aptq.kernels.cpu_lanes import Lanes
+from aptq.kernels.dispatch import Choice
 from aptq.kernels.reference import CACHE_TILE, DEVICE_TILE, Reference
+from aptq.kernels.triton.layer import Fused
 from aptq.runtime.linear import Packed, PackedLinear
 
 
@@ -55,6 +57,10 @@ class TiedHead(PackedLinear):
         fixed = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.register_parameter("bias", fixed)
 
+    def prepare(self, dtype: torch.dtype, choice: Choice = "auto") -> None:
+        """Every part by a kernel of its own, for the embedding reads them too."""
+        Packed.prepare(self, dtype, choice)
+
     @property
     def parts(self) -> nn.ModuleList:  # type: ignore[override]
         """Those of the embedding, prepared for the head: it does nearly all of the work."""
@@ -66,7 +72,7 @@ def kernel_rows(kernel: nn.Module, rows: Tensor) -> Tensor:
 
     Int4 has rounded its scales to bfloat16, here as in its products.
     """
-    if isinstance(kernel, Lanes):
+    if isinstance(kernel, Lanes | Fused):
         return kernel.rows(rows)
     if isinstance(kernel, Int4):
         return _int4_rows(kernel, rows)

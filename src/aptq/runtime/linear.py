@@ -56,6 +56,13 @@ class PackedLinear(Packed):
         """Without values, on meta: what a checkpoint is loaded into."""
         return cls(empty_parts(target, shape), bias)
 
+    def prepare(self, dtype: torch.dtype, choice: Choice = "auto") -> None:
+        """As of all packed modules; parts that the first kernel can add on the way go into it."""
+        super().prepare(dtype, choice)
+        first, *others = self.parts
+        assert isinstance(first, Kernel), type(first)
+        self.parts = nn.ModuleList([first, *(k for k in others if not first.absorb(k))])
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out] in the dtype of x."""
         rows, y = x.reshape(-1, self.in_features).contiguous(), None

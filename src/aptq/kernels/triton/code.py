@@ -1,42 +1,19 @@
-"""The Triton kernels: products with packed codes, sums of partial products, decoded weights.
+"""The Triton kernels that multiply: with packed codes, and with narrow factors beside them.
 
-A 16-bit unit with its field moved into the mantissa and a fixed exponent is a number 2^e + code,
-so two weights (neighbouring units of a register) cost a shift, one logical operation and, in the
-upper plane alone, one subtraction of zero and of both planes' 2^e.  It is exact: all values are
-whole and at most 256.  The planes are multiplied one after the other and meet in the sum.  Weights
-are the left factor of the matrix instruction, so a batch of one wastes 7 of its 8 columns but no
-time: memory is what is waited for.  Sums run in float32 and meet the scales there.
+Codes become numbers as fields.py says.  For few rows of x the constants and zeros in them are taken
+off the sums, by a product of x with ones in the matrix units; for more rows that would be dear, and
+they are taken off every weight.  Weights are the left factor of the matrix instruction, so a batch
+of one wastes 7 of its 8 columns but no time: memory is what is waited for.  Sums run in float32 and
+meet the scales there.
 """
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from aptq.kernels.triton.fields import numbers
 
-@triton.constexpr_function
-def _pattern(bits, up, bf16):
-    """(exponent pattern of 2^(bits + up), bits of mantissa) of bfloat16 or float16."""
-    mantissa, bias = (7, 127) if bf16 else (10, 15)
-    return (bias + bits + up) << mantissa, mantissa
-
-
-@triton.constexpr_function
-def _asm(field, bits, up, bf16, fixed):
-    """PTX for two units ($1) -> two numbers ($0) plus a constant, what $2 holds or, at -1, nothing.
-
-    fixed: the bits of the constant in both halves' type, 0 for $2.
-    """
-    magic, mantissa = _pattern(bits, up, bf16)
-    shift = field * bits - (mantissa - bits)
-    move = f"{'shr' if shift > 0 else 'shl'}.b32 t, $1, {abs(shift)};"
-    mask = (((1 << bits) - 1) << (mantissa - bits)) * 0x10001
-    less = f"{fixed * 0x10001:#x}" if fixed else "$2"
-    take = "fma.rn.bf16x2 $0, t, o, z;" if bf16 else "add.f16x2 $0, t, z;"
-    if fixed < 0:
-        less, take = "0", "mov.b32 $0, t;"
-    return (
-        f"{{ .reg .b32 t, m, o, z; {move} mov.b32 m, {magic * 0x10001:#x};"
-        f" lop3.b32 t, t, {mask:#x}, m, 0xea; mov.b32 o, 0x3f803f80; mov.b32 z, {less}; {take} }}"
-    )  # 0xea: (a & b) | c
+FEW = tl.constexpr(16)  # rows of x from which constants are taken off every weight, not off sums
 
 
 @triton.constexpr_function
@@ -47,85 +24,73 @@ def _common(group, block):
     return group
 
 
-@triton.constexpr_function
-def _bits_of(value, bf16):
-    """The 16 bits of a positive whole number that the type holds exactly."""
-    mantissa, bias = (7, 127) if bf16 else (10, 15)
-    high = value.bit_length() - 1
-    return ((bias + high) << mantissa) + ((value << mantissa) >> high) - (1 << mantissa)
-
-
 @triton.jit
-def _whole(zero, HIGH: tl.constexpr, LOW: tl.constexpr, UPPER: tl.constexpr, D: tl.constexpr):
-    """What a plane's numbers exceed its share of code - zero by, [BN, 1], negative, in D.
-
-    The lower plane's 2^LOW counts to the upper one, but at 8 bits the sum would not be exact.
-    """
-    if HIGH + LOW < 8:
-        more = zero.to(tl.int32) + ((1 << (HIGH + LOW)) + (1 << LOW if LOW else 0))
-    elif UPPER:
-        more = (zero.to(tl.int32) >> LOW << LOW) + (1 << (HIGH + LOW))
-    else:
-        more = (zero.to(tl.int32) & ((1 << LOW) - 1)) + (1 << LOW)
-    return (-more).to(tl.float32).to(D)[:, None]
-
-
-@triton.jit
-def _weights(
-    units, zero, FIELD: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr, UPPER: tl.constexpr,
-    ZERO: tl.constexpr, D: tl.constexpr, ASM: tl.constexpr,
+def _multiplied(
+    part, high, low, zero, xs, FIELD: tl.constexpr, HIGH: tl.constexpr, OTHER: tl.constexpr,
+    LOW: tl.constexpr, SUMS: tl.constexpr, ZERO: tl.constexpr, D: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """One field of units int16 [BN, CHUNK] of a plane, whose planes add up to code - zero, in D.
+    """part + weights @ xs: a chunk of columns, in two products at 8 bits.
 
-    Without ASM in float32: Triton's interpreter knows neither PTX nor products of bfloat16.
+    The weights are codes less their zeros, or with SUMS codes plus `_more`.
     """
-    BF16: tl.constexpr = D == tl.bfloat16  # noqa: SIM300
-    BITS: tl.constexpr = HIGH if UPPER else LOW
-    UP: tl.constexpr = LOW if UPPER else 0
-    MAGIC: tl.constexpr = _pattern(BITS, UP, BF16)[0]
-    PLACE: tl.constexpr = _pattern(BITS, UP, BF16)[1] - BITS
-    # without whole zeros half of all levels stand for 0
-    MIDDLE: tl.constexpr = 3 * (1 << (HIGH + LOW - 1)) + (1 << LOW if LOW else 0)
-    FREE: tl.constexpr = ZERO == 1 and (UPPER or HIGH + LOW == 8)
-    FIXED: tl.constexpr = 0 if FREE else _bits_of(MIDDLE, BF16) + 0x8000 if UPPER else -1
-    CODE: tl.constexpr = _asm(FIELD, BITS, UP, BF16, FIXED)
-    if ASM:
-        if ZERO == 1:  # also where it is not used: dots of one x must agree on a layout
-            less = _whole(zero, HIGH, LOW, UPPER, D)
-            values = tl.inline_asm_elementwise(CODE, "=r,r,r", [units, less], tl.int16, True, 2)
-        else:
-            values = tl.inline_asm_elementwise(CODE, "=r,r", [units], tl.int16, True, 2)
-        values = values.to(D, bitcast=True)
+    ALL: tl.constexpr = 1 << (HIGH + LOW)
+    if HIGH + LOW < 8:
+        LESS: tl.constexpr = -1 if SUMS else 0 if ZERO == 1 else ALL + ALL // 2
+        less = (-(zero.to(tl.int32) + ALL)).to(tl.float32).to(D)[:, None] if LESS == 0 else 0
+        w = numbers(high, low, less, FIELD, HIGH, OTHER, LOW, 0, LESS, D, ASM)
+        part = tl.dot(w, xs, part)
     else:
-        MASK: tl.constexpr = (1 << BITS) - 1
-        bits = ((((units.to(tl.int32) >> (FIELD * BITS)) & MASK) << PLACE) | MAGIC).to(tl.int16)
-        values = bits.to(D, bitcast=True).to(tl.float32)
-        if FREE:
-            values += _whole(zero, HIGH, LOW, UPPER, D).to(tl.float32)
-        elif UPPER:
-            values -= MIDDLE
-    return values
+        FIRST: tl.constexpr = -1 if SUMS else 0 if ZERO == 1 else ALL + ALL // 2
+        SECOND: tl.constexpr = -1 if SUMS else 0 if ZERO == 1 else 1 << LOW
+        less, more = 0, 0
+        if FIRST == 0:
+            less = (-((zero.to(tl.int32) >> LOW << LOW) + ALL)).to(tl.float32).to(D)[:, None]
+            more = (zero.to(tl.int32) & ((1 << LOW) - 1)) + (1 << LOW)
+            more = (-more).to(tl.float32).to(D)[:, None]
+        w = numbers(high, 0, less, FIELD, HIGH, 0, 0, LOW, FIRST, D, ASM)
+        part = tl.dot(w, xs, part)
+        part = tl.dot(numbers(low, 0, more, OTHER, LOW, 0, 0, 0, SECOND, D, ASM), xs, part)
+    return part
 
 
 @triton.jit
-def _scaled(part, total, scale, zero, BITS: tl.constexpr, ZERO: tl.constexpr):
-    """Sums [BN, BB] of (code - middle) * x, and of x [CHUNK, BB], -> sums of weight * x."""
-    if ZERO == 2:
-        part += ((1 << (BITS - 1)) - zero.to(tl.float32))[:, None] * tl.sum(total, 0)[None, :]
+def _scaled(
+    part, total, scale, zero, HIGH: tl.constexpr, LOW: tl.constexpr, SUMS: tl.constexpr,
+    ZERO: tl.constexpr,
+):  # fmt: skip
+    """Sums of numbers * x, and of x, both [BN, BB] -> sums of weight * x."""
+    if SUMS:
+        BITS: tl.constexpr = HIGH + LOW
+        more = (1 << BITS) + (1 << LOW if BITS == 8 else 0)
+        if ZERO:
+            part -= (zero.to(tl.float32) + more)[:, None] * total
+        else:
+            part -= (more + (1 << (BITS - 1))) * total
     return part * scale.to(tl.float32)[:, None]
 
 
 @triton.jit
-def _block(
-    sums, place, x_at, high_at, low_at, scale_at, zero_at, known, columns, padded,
-    HIGH: tl.constexpr, LOW: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
-    ZERO: tl.constexpr, EVEN: tl.constexpr, D: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    """Add block `place` of all columns to sums = (acc, total, scale, zero), which are returned.
+def _factors(place, scale_at, zero_at, columns, padded, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """Scales and zeros [BN] of block `place`, one of each for every run that shares them."""
+    SHARED: tl.constexpr = _common(GROUP, BLOCK) if GROUP else BLOCK
+    found = ()
+    for run in tl.static_range(BLOCK // SHARED):
+        k = tl.minimum(place * BLOCK + run * SHARED, columns - 1)
+        at = k // GROUP * padded if GROUP else 0
+        found = found + ((tl.load(scale_at + at), tl.load(zero_at + at)),)  # noqa: RUF005
+    return found
 
-    acc [BN, BB] is scaled but where GROUP is 0, total [CHUNK, BB] sums x since the last scale.
+
+@triton.jit
+def _block(
+    acc, total, factors, place, x_at, high_at, low_at, known, columns,
+    HIGH: tl.constexpr, LOW: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
+    ZERO: tl.constexpr, SUMS: tl.constexpr, EVEN: tl.constexpr, D: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Add block `place` of all columns to acc and total [BN, BB], which are returned.
+
+    acc is scaled but where GROUP is 0, total sums x since the last scale.
     """
-    acc, total, factor, offset = sums
     FIELDS: tl.constexpr = 16 // HIGH
     TILES: tl.constexpr = HIGH // LOW if LOW else 1  # of the upper plane in a block
     BLOCK: tl.constexpr = TILES * FIELDS * CHUNK
@@ -137,104 +102,164 @@ def _block(
         if c % FIELDS == 0:
             run = tl.minimum(place * TILES + c // FIELDS, tl.cdiv(columns, FIELDS * CHUNK) - 1)
             high = tl.load(high_at + run * (16 * CHUNK))
+        factor, offset = factors[c * CHUNK // SHARED]
         if GROUP and (c * CHUNK) % SHARED == 0:
             part, total = tl.zeros_like(acc), tl.zeros_like(total)
-            group = tl.minimum(k, columns - 1) // GROUP * padded
-            factor, offset = tl.load(scale_at + group), tl.load(zero_at + group)
         xs = tl.load(x_at + k, mask=known if EVEN else known & (k < columns), other=0.0)
         if not ASM:
             xs = xs.to(tl.float32)
-        w = _weights(high, offset, c % FIELDS, HIGH, LOW, True, ZERO, D, ASM)
-        part = tl.dot(w, xs, part)
-        if LOW:
-            part = tl.dot(_weights(low, offset, c, HIGH, LOW, False, ZERO, D, ASM), xs, part)
-        if ZERO == 2:
-            total += xs.to(tl.float32)
+        part = _multiplied(
+            part, high, low, offset, xs, c % FIELDS, HIGH, c, LOW, SUMS, ZERO, D, ASM
+        )
+        if SUMS:
+            ones = tl.full([acc.shape[0], CHUNK], 1.0, xs.dtype)
+            total = tl.dot(ones, xs, total)
         if GROUP and (c * CHUNK + CHUNK) % SHARED == 0:
-            acc += _scaled(part, total, factor, offset, HIGH + LOW, ZERO)
-    return (acc if GROUP else part), total, factor, offset
+            acc += _scaled(part, total, factor, offset, HIGH, LOW, SUMS, ZERO)
+    return (acc if GROUP else part), total
+
+
+@triton.jit
+def _fetch(at, units, LINES: tl.constexpr):
+    """Ask for the first lines of 128 bytes of runs of int16 `units` at pointers `at` [n]."""
+    lines = tl.minimum(tl.arange(0, LINES) * 64, units - 1)
+    places = (at[:, None] + lines[None, :]).to(tl.uint64, bitcast=True)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [places], tl.int32, False, 1
+    )
+
+
+@triton.jit
+def _begin(
+    codes, lower, first, per, columns, padded, RUN: tl.constexpr, BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr, BN: tl.constexpr, LOW: tl.constexpr,
+):  # fmt: skip
+    """Ask for weights while the kernel before ends, and wait for it."""
+    gdc_launch_dependents()
+    tile = tl.program_id(0) * (BN // 16) + tl.arange(0, BN // 16)
+    tile = tl.minimum(tile, padded // 16 - 1) * (16 * CHUNK)
+    step: tl.constexpr = BLOCK // RUN * 16 * CHUNK
+    _fetch(codes + tile * tl.cdiv(columns, RUN) + first * step, per * step, 64)
+    if LOW:
+        lower_at = codes + lower + tile * tl.cdiv(columns, BLOCK)
+        _fetch(lower_at + first * (16 * CHUNK), per * (16 * CHUNK), 32)
+    gdc_wait()  # x is there, and nobody reads what y and sums held before
+
+
+@triton.jit
+def _joined(acc, counter, sums, at, size, held):
+    """(is this the last program of its tile, the sums of all, in their order, if it is)."""
+    tl.store(sums + tl.program_id(1) * size + at, acc, mask=held)
+    tl.debug_barrier()  # all of the tile, before it counts
+    last = tl.atomic_add(counter, 1, sem="acq_rel") == tl.num_programs(1) - 1
+    if last:
+        acc = tl.zeros_like(acc)
+        for split in range(tl.num_programs(1)):
+            acc += tl.load(sums + split * size + at, mask=held, other=0.0, cache_modifier=".cg")
+        tl.store(counter, 0)
+    return last, acc
+
+
+@triton.jit
+def _finish(
+    acc, y, at, held, bias, inner, left, b, n, known, out, BIAS: tl.constexpr, RANK: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """y = acc [BN, BB] + bias + the transpose of inner [rows, RANK] @ left [RANK, out]."""
+    if BIAS:
+        acc += tl.load(bias + n, mask=n < out, other=0.0).to(tl.float32)[:, None]
+    if RANK:
+        r = tl.arange(0, RANK)
+        ts = tl.load(inner + (b * RANK)[None, :] + r[:, None], mask=known, other=0.0)
+        ls = tl.load(left + r[None, :] * out + n[:, None], mask=(n < out)[:, None], other=0.0)
+        if not ASM:
+            ts, ls = ts.to(tl.float32), ls.to(tl.float32)
+        acc = tl.dot(ls, ts, acc)
+    tl.store(y + at, acc.to(y.dtype.element_ty), mask=held)
 
 
 @triton.jit(do_not_specialize=["rows", "per"])
 def multiply(
-    x, codes, scale, zero, bias, y, lower, rows, out, columns, padded, per,
-    HIGH: tl.constexpr, LOW: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
-    ZERO: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr, BN: tl.constexpr,
-    BB: tl.constexpr, ASM: tl.constexpr,
+    x, codes, counts, scale, zero, bias, inner, left, sums, y, lower, rows, out, columns, padded,
+    per, HIGH: tl.constexpr, LOW: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
+    ZERO: tl.constexpr, BIAS: tl.constexpr, RANK: tl.constexpr, EVEN: tl.constexpr,
+    BN: tl.constexpr, BB: tl.constexpr, SPLIT: tl.constexpr, EARLY: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
-    """y [splits, rows, out] = partial sums of x [rows, columns] @ weight.T, `per` blocks each.
+    """y [rows, out] = x [rows, columns] @ weight.T + inner [rows, RANK] @ left [RANK, out] + bias.
 
-    codes from `lower` on are the lower plane; ZERO 0 none, 1 whole, 2 real; GROUP 0: a
-    whole row; EVEN: all blocks are full.
+    codes from `lower` on are the lower plane; ZERO 0 none, 1 whole, 2 real; GROUP 0: a whole row;
+    EVEN: all blocks are full.  SPLIT: programs take `per` blocks each, leave their sums in `sums`
+    [splits, rows, out], and the last of a tile, known by `counts` (zeros before and after), adds
+    them up.  EARLY: begins while the kernel before ends.
     """
     D: tl.constexpr = x.dtype.element_ty
     RUN: tl.constexpr = 16 // HIGH * CHUNK
     BLOCK: tl.constexpr = 16 // LOW * CHUNK if LOW else RUN
+    # above 16 rows of x a second product costs more than one operation for every two weights
+    SUMS: tl.constexpr = BB <= FEW or ZERO == 2
+    first = tl.program_id(1) * per
+    if EARLY:
+        _begin(codes, lower, first, per, columns, padded, RUN, BLOCK, CHUNK, BN, LOW)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     b = tl.program_id(2) * BB + tl.arange(0, BB)
-    u = tl.arange(0, CHUNK)
-    row, blocks = tl.minimum(n, padded - 1), tl.cdiv(columns, BLOCK)
-    place = (row % 16 * CHUNK)[:, None] + u[None, :]
+    known, row, blocks = (b < rows)[None, :], tl.minimum(n, padded - 1), tl.cdiv(columns, BLOCK)
+    place = (row % 16 * CHUNK)[:, None] + tl.arange(0, CHUNK)[None, :]
     high_at = codes + (row // 16 * (tl.cdiv(columns, RUN) * 16 * CHUNK))[:, None] + place
     low_at = codes + lower + (row // 16 * (blocks * 16 * CHUNK))[:, None] + place
-    x_at = x + (b * columns)[None, :] + u[:, None]
-    known = (b < rows)[None, :]
-    acc, total = tl.zeros([BN, BB], tl.float32), tl.zeros([CHUNK, BB], tl.float32)
-    factor, offset = tl.load(scale + row), tl.load(zero + row)
-    first = tl.program_id(1) * per
+    x_at = x + (b * columns)[None, :] + tl.arange(0, CHUNK)[:, None]
+    acc, total = tl.zeros([BN, BB], tl.float32), tl.zeros([BN, BB], tl.float32)
+    factors = _factors(first, scale + row, zero + row, columns, padded, GROUP, BLOCK)
     for block in range(first, tl.minimum(first + per, blocks)):
-        acc, total, factor, offset = _block(
-            (acc, total, factor, offset), block, x_at, high_at, low_at, scale + row, zero + row,
-            known, columns, padded, HIGH, LOW, CHUNK, GROUP, ZERO, EVEN, D, ASM,
+        # read a block ahead: whoever waits for a scale waits for memory
+        later = _factors(block + 1, scale + row, zero + row, columns, padded, GROUP, BLOCK)
+        acc, total = _block(
+            acc, total, factors, block, x_at, high_at, low_at, known, columns,
+            HIGH, LOW, CHUNK, GROUP, ZERO, SUMS, EVEN, D, ASM,
         )  # fmt: skip
+        factors = later
     if GROUP == 0:
-        acc = _scaled(acc, total, factor, offset, HIGH + LOW, ZERO)
-    if BIAS:
-        acc += tl.load(bias + n, mask=n < out, other=0.0).to(tl.float32)[:, None]
-    at_y = (tl.program_id(1) * rows + b)[None, :] * out + n[:, None]
-    tl.store(y + at_y, acc.to(y.dtype.element_ty), mask=known & (n < out)[:, None])
+        acc = _scaled(acc, total, factors[0][0], factors[0][1], HIGH, LOW, SUMS, ZERO)
+    at, held, last = b[None, :] * out + n[:, None], known & (n < out)[:, None], True
+    if SPLIT:
+        counter = counts + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+        last, acc = _joined(acc, counter, sums, at, rows * out, held)
+    if last:
+        _finish(acc, y, at, held, bias, inner, left, b, n, known, out, BIAS, RANK, ASM)
 
 
-@triton.jit(do_not_specialize=["size", "splits"])
-def add_up(parts, bias, y, size, out, splits, BIAS: tl.constexpr, SIZE: tl.constexpr):
-    """y [size] = parts [splits, size] summed in their order, + bias."""
-    i = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
-    acc = tl.zeros([SIZE], tl.float32)
-    for split in range(splits):
-        acc += tl.load(parts + split * size + i, mask=i < size, other=0.0)
-    if BIAS:
-        acc += tl.load(bias + i % out, mask=i < size, other=0.0).to(tl.float32)
-    tl.store(y + i, acc.to(y.dtype.element_ty), mask=i < size)
-
-
-@triton.jit
-def _plain(codes, row, k, columns, BITS: tl.constexpr, CHUNK: tl.constexpr):
-    """Codes int32 [BN, CHUNK] of one plane in the columns from k on."""
-    RUN: tl.constexpr = 16 // BITS * CHUNK
-    start = row // 16 * (tl.cdiv(columns, RUN) * 16 * CHUNK) + k // RUN * (16 * CHUNK)
-    at = (start + row % 16 * CHUNK)[:, None] + tl.arange(0, CHUNK)[None, :]
-    return (tl.load(codes + at).to(tl.int32) >> (k % RUN // CHUNK * BITS)) & ((1 << BITS) - 1)
-
-
-@triton.jit(do_not_specialize=["start", "stop"])
-def expand(
-    codes, scale, zero, y, lower, start, stop, columns, padded, HIGH: tl.constexpr,
-    LOW: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
-    BN: tl.constexpr,
+@triton.jit(do_not_specialize=["rows"])
+def narrow(
+    x, right, count, sums, inner, rows, columns, RANK: tl.constexpr, BB: tl.constexpr,
+    BK: tl.constexpr, EARLY: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """y [stop - start, columns] = rows start..stop-1 of the weight, rounded once."""
-    k = tl.program_id(0) * CHUNK
-    n = start + tl.program_id(1) * BN + tl.arange(0, BN)
-    row = tl.minimum(n, padded - 1)
-    values = _plain(codes, row, k, columns, HIGH, CHUNK)
-    if LOW:
-        values = values * (1 << LOW) + _plain(codes + lower, row, k, columns, LOW, CHUNK)
-    group = k // GROUP * padded if GROUP else 0
-    if ZERO:  # noqa: SIM108
-        less = tl.load(zero + group + row).to(tl.float32)[:, None]
-    else:
-        less = 1 << (HIGH + LOW - 1)
-    factor = tl.load(scale + group + row).to(tl.float32)[:, None]
-    dense = ((values.to(tl.float32) - less) * factor).to(y.dtype.element_ty)
-    at = ((n - start) * columns)[:, None] + (k + tl.arange(0, CHUNK))[None, :]
-    tl.store(y + at, dense, mask=(n < stop)[:, None])
+    """inner [rows, RANK] = x [rows, columns] @ right [RANK, columns].T, rounded once.
+
+    Every program takes BK columns and leaves its sums in `sums` [programs, rows, RANK]; the last,
+    known by count [1], adds them up.
+    """
+    if EARLY:
+        gdc_launch_dependents()
+    k, r = tl.program_id(0) * BK + tl.arange(0, BK), tl.arange(0, RANK)
+    b = tl.program_id(1) * BB + tl.arange(0, BB)
+    known = (k < columns)[None, :]
+    ws = tl.load(right + r[:, None] * columns + k[None, :], mask=known, other=0.0)
+    if EARLY:
+        gdc_wait()
+    here = (b < rows)[None, :]
+    xs = tl.load(
+        x + b[None, :] * columns + k[:, None], mask=here & (k < columns)[:, None], other=0.0
+    )
+    if not ASM:
+        ws, xs = ws.to(tl.float32), xs.to(tl.float32)
+    acc = tl.dot(ws, xs)
+    at, size = b[None, :] * RANK + r[:, None], rows * RANK
+    tl.store(sums + tl.program_id(0) * size + at, acc, mask=here)
+    tl.debug_barrier()  # all of it, before it counts
+    counter = count + tl.program_id(1)
+    if tl.atomic_add(counter, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        acc = tl.zeros_like(acc)
+        for program in range(tl.num_programs(0)):
+            acc += tl.load(sums + program * size + at, mask=here, other=0.0, cache_modifier=".cg")
+        tl.store(counter, 0)
+        tl.store(inner + at, acc.to(inner.dtype.element_ty), mask=here)

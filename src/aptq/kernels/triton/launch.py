@@ -4,42 +4,59 @@ No operator asks the device for anything, so all of them may be captured in CUDA
 """
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import triton
 from torch import Tensor
 
-from aptq.kernels.triton import code
+from aptq.kernels.triton import code, fields
 from aptq.kernels.triton.layout import Layout
 from aptq.kernels.triton.tuning import Setting, chosen
 
 INTERPRETED = triton.knobs.runtime.interpret  # on the CPU, for tests: PTX cannot be interpreted
+NARROW = 256  # columns of a program that multiplies with the factors of small rank
 EXPANDED = 64  # rows of the weight that a program decodes at once
-ADDED = 256  # outputs that a program sums up
+
+
+@cache
+def overlaps(device: torch.device) -> bool:
+    """Can a kernel begin before the one in front of it has ended (from Hopper on)?"""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @torch.library.custom_op("aptq::multiply", mutates_args=())
 def multiply(
     x: Tensor,
     codes: Tensor,
+    counts: Tensor,
     scale: Tensor,
     zero: Tensor | None,
     bias: Tensor | None,
     layout: Sequence[int],
+    left: Tensor | None = None,
+    right: Tensor | None = None,
 ) -> Tensor:
-    """x bfloat16 or float16 [rows, columns] contiguous @ weight.T + bias -> [rows, out]."""
+    """x bfloat16 or float16 [rows, columns] contiguous @ weight.T + bias -> [rows, out].
+
+    Where they are given, x @ right.T @ left is added, right [rank, columns] and left [rank, out].
+    """
     how = Layout(*layout)
-    return run(x, codes, scale, zero, bias, how, chosen(how, len(x), x.device))
+    added = None if left is None or right is None else (left, right)
+    return run(x, codes, counts, scale, zero, bias, how, chosen(how, len(x), x.device), added)
 
 
 @multiply.register_fake
 def _(
     x: Tensor,
     codes: Tensor,
+    counts: Tensor,
     scale: Tensor,
     zero: Tensor | None,
     bias: Tensor | None,
     layout: Sequence[int],
+    left: Tensor | None = None,
+    right: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty(x.shape[0], layout[0])
 
@@ -47,13 +64,15 @@ def _(
 def run(
     x: Tensor,
     codes: Tensor,
+    counts: Tensor,
     scale: Tensor,
     zero: Tensor | None,
     bias: Tensor | None,
     layout: Layout,
     setting: Setting,
+    added: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """What `multiply` does, with a given setting."""
+    """What `multiply` does, with a given setting; added: left and right."""
     rows, out = len(x), layout.out
     y = x.new_empty(rows, out)
     if y.numel() == 0:
@@ -63,20 +82,37 @@ def run(
     splits = triton.cdiv(blocks, per)
     sums = y if splits == 1 else x.new_empty(splits, rows, out, dtype=torch.float32)
     offset, last = scale if zero is None else zero, x if bias is None else bias
+    inner, left, rank = x, x, 0
+    if added is not None:
+        left, rank = added[0], len(added[0])
+        inner = _narrow(x, added[1], counts[layout.tiles :])
     grid = (triton.cdiv(out, setting.rows), splits, triton.cdiv(rows, setting.batch))
+    assert splits == 1 or grid[0] * grid[2] <= layout.tiles, (grid, layout)
+    early = overlaps(x.device)
     with torch.cuda.device_of(x):
         code.multiply[grid](
-            x, codes, scale, offset, last, sums, layout.units(0), rows, out, layout.columns,
-            layout.padded, per, *layout.planes, layout.chunk, layout.group, layout.zero,
-            bias is not None and splits == 1, layout.columns % layout.block == 0,
-            setting.rows, setting.batch, not INTERPRETED,
-            num_warps=setting.warps, num_stages=setting.stages,
+            x, codes, counts, scale, offset, last, inner, left, sums, y, layout.units(0), rows,
+            out, layout.columns, layout.padded, per, *layout.planes, layout.chunk, layout.group,
+            layout.zero, bias is not None, rank, layout.columns % layout.block == 0, setting.rows,
+            setting.batch, splits > 1, early, not INTERPRETED,
+            num_warps=setting.warps, num_stages=setting.stages, launch_pdl=early,
         )  # fmt: skip
-        if splits > 1:
-            size, has = rows * out, bias is not None
-            every = (triton.cdiv(size, ADDED),)
-            code.add_up[every](sums, last, y, size, out, splits, has, ADDED, num_warps=2)
     return y
+
+
+def _narrow(x: Tensor, right: Tensor, count: Tensor) -> Tensor:
+    """x [rows, columns] @ right [rank, columns].T -> [rows, rank]."""
+    (rows, columns), rank = x.shape, len(right)
+    grid = (triton.cdiv(columns, NARROW), triton.cdiv(rows, 16))
+    assert grid[1] <= len(count), (grid, len(count))
+    sums = x.new_empty(grid[0], rows, rank, dtype=torch.float32)
+    inner, early = x.new_empty(rows, rank), overlaps(x.device)
+    with torch.cuda.device_of(x):
+        code.narrow[grid](
+            x, right, count, sums, inner, rows, columns, rank, 16, NARROW, early, not INTERPRETED,
+            num_warps=2, launch_pdl=early,
+        )  # fmt: skip
+    return inner
 
 
 @torch.library.custom_op("aptq::expand", mutates_args=())
@@ -94,7 +130,7 @@ def expand(
     y = like.new_empty(stop - start, how.columns)
     grid = (how.columns // how.chunk, triton.cdiv(stop - start, EXPANDED))
     with torch.cuda.device_of(like):
-        code.expand[grid](
+        fields.expand[grid](
             codes, scale, scale if zero is None else zero, y, how.units(0), start, stop,
             how.columns, how.padded, *how.planes, how.chunk, how.group, how.zero, EXPANDED,
         )  # fmt: skip

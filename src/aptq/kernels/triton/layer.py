@@ -8,12 +8,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from aptq.core.parts import Part, Quantized
+from aptq.kernels.addends import Factors
 from aptq.kernels.reference import DEVICE_TILE, Kernel
-from aptq.kernels.triton.layout import PLANES, Layout, layout_of, repack
+from aptq.kernels.triton.layout import PLANES, Layout, fields, layout_of, repack
 
 DTYPES = (torch.bfloat16, torch.float16)
 GROWTH = 1.2  # storage may grow so at most: 3 bits of 576 columns do, of 4096 nothing grows
-ROWS = 256  # from how many rows on decoding the weight once and a dense product are taken: a guess
+ROWS = 192  # from so many rows on decoding the weight once and a dense product are faster
 
 
 class Fused(Kernel):
@@ -24,14 +25,19 @@ class Fused(Kernel):
     """
 
     codes: Tensor
+    counts: Tensor  # so a layer may not run in two streams at once
     scale: Tensor
     zero: Tensor | None
+    left: Tensor | None  # [rank, out], [rank, in]: factors that are added in the same launch
+    right: Tensor | None
 
     def __init__(self, part: Quantized) -> None:
         super().__init__(part.shape)
         self.layout = layout_of(part.grid, part.shape)
         for name, tensor in repack(part, self.layout)._asdict().items():
             self.register_buffer(name, tensor, persistent=False)
+        for name in ("left", "right"):
+            self.register_buffer(name, None, persistent=False)
 
     @classmethod
     def supports(cls, part: Part, device: torch.device, dtype: torch.dtype) -> bool:
@@ -50,6 +56,14 @@ class Fused(Kernel):
         assert isinstance(part, Quantized), type(part)
         return cls(part)
 
+    def absorb(self, other: Kernel) -> bool:
+        """Take over factors, whose second product then costs no launch of its own."""
+        ranks = (16, 32, 64, 128)  # what the matrix units take at once
+        if self.left is not None or not isinstance(other, Factors) or len(other.left) not in ranks:
+            return False
+        self.left, self.right = other.left, other.right
+        return True
+
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x bfloat16 or float16 [rows, in] -> [rows, out]."""
         from aptq.kernels.triton import launch
@@ -63,14 +77,31 @@ class Fused(Kernel):
                 "you want"
             )
         if x.shape[0] < ROWS and not (x.requires_grad and torch.is_grad_enabled()):
-            return launch.multiply(x, *storage, bias, list(self.layout))
+            first = (self.codes, self.counts, self.scale, self.zero, bias)
+            return launch.multiply(x, *first, list(self.layout), self.left, self.right)
         (out, columns), pieces = self.shape, []
         step = max(1, DEVICE_TILE // columns)
         for start in range(0, out, step):
             stop = min(start + step, out)
             weight = launch.expand(x.detach(), *storage, list(self.layout), start, stop)
             pieces.append(F.linear(x, weight, None if bias is None else bias[start:stop]))
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+        y = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+        if self.left is None or self.right is None:
+            return y
+        return torch.addmm(y, F.linear(x, self.right), self.left)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows [n] int64 (any order, repeated too) of the weight: float32 [n, in]."""
+        how, columns = self.layout, self.shape[1]
+        planes = self.codes.split([how.units(0), how.units(1)])
+        values = fields(planes[0], how, 0, ids)[:, :columns]
+        if how.planes[1]:
+            values = (values << how.planes[1]) + fields(planes[1], how, 1, ids)[:, :columns]
+        scale, zero = self.scale[:, ids].T.float(), 1 << (how.bits - 1)
+        less = torch.full_like(scale, zero) if self.zero is None else self.zero[:, ids].T.float()
+        each = how.group or columns
+        wide = [t.repeat_interleave(each, 1)[:, :columns] for t in (scale, less)]
+        return (values.float() - wide[1]) * wide[0]
 
 
 def held(part: Quantized) -> Layout | None:

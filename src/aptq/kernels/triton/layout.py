@@ -27,6 +27,7 @@ from aptq.core.parts import Quantized
 PLANES = {2: (2, 0), 3: (2, 1), 4: (4, 0), 5: (4, 1), 6: (4, 2), 8: (4, 4)}
 ZEROS = {"none": 0, "int": 1, "float": 2}
 ROWS = 16  # rows stored together: as many as one matrix instruction takes
+TILES = 4  # of rows of x: as many as the kernel of the layer gets
 SPARE = 1.02  # a longer chunk may cost so much memory
 REPACKED = 1 << 22  # weights repacked at once
 
@@ -56,6 +57,16 @@ class Layout(NamedTuple):
         """Rows that are stored."""
         return -(-self.out // ROWS) * ROWS
 
+    @property
+    def tiles(self) -> int:
+        """Tiles of a product's result at most that several programs sum up."""
+        return TILES * self.padded // ROWS
+
+    @property
+    def counters(self) -> int:
+        """For these tiles, and for 16 rows of x each of what low-rank factors make of it."""
+        return self.tiles + 16
+
     def units(self, plane: int) -> int:
         """16-bit units of a plane, 0 or 1."""
         bits = self.planes[plane]
@@ -84,10 +95,11 @@ def layout_of(grid: Grid, shape: tuple[int, int]) -> Layout:
 
 
 class Buffers(NamedTuple):
-    """codes int16 [units of both planes]; scale [groups, padded] as stored; zero uint8 or as
-    scale [groups, padded], or None."""
+    """codes int16 [units of both planes]; counts int32, zeros between products; scale [groups,
+    padded] as stored; zero uint8 or as scale [groups, padded], or None."""
 
     codes: Tensor
+    counts: Tensor
     scale: Tensor
     zero: Tensor | None
 
@@ -107,7 +119,10 @@ def repack(part: Quantized, layout: Layout) -> Buffers:
                 first = start * (len(target) // layout.padded)
                 target[first : first + piece.numel()] = piece
     scale, zero = part.scales()
-    return Buffers(codes, _turned(scale, layout), None if zero is None else _turned(zero, layout))
+    counts = codes.new_zeros(layout.counters, dtype=torch.int32)
+    return Buffers(
+        codes, counts, _turned(scale, layout), None if zero is None else _turned(zero, layout)
+    )
 
 
 def _codes(part: Quantized, start: int, stop: int) -> Tensor:
@@ -126,6 +141,16 @@ def _units(values: Tensor, bits: int, chunk: int) -> Tensor:
     # fields do not overlap, so their sum is their union; the sign bit wraps around
     units = (tiles << places[:, None]).sum(3, dtype=torch.int32)
     return units.to(torch.int16).flatten()
+
+
+def fields(plane: Tensor, layout: Layout, number: int, rows: Tensor) -> Tensor:
+    """What `_units` made of some rows [n]: int32 [n, columns and what was padded]."""
+    bits = layout.planes[number]
+    tiles = plane.view(layout.padded // ROWS, -1, ROWS, layout.chunk)
+    units = tiles[rows // ROWS, :, rows % ROWS].int()
+    places = torch.arange(16 // bits, device=plane.device, dtype=torch.int32) * bits
+    found = (units[:, :, None] >> places[:, None]) & ((1 << bits) - 1)
+    return found.flatten(1)
 
 
 def _turned(values: Tensor, layout: Layout) -> Tensor:

@@ -17,10 +17,10 @@ import torch
 
 from aptq.kernels.triton.layout import Buffers, Layout
 
-VERSION = 1  # of the file; kernels that work in another way need other tiles
+VERSION = 2  # of the file; kernels that work in another way need other tiles
 SHARED = 160 << 10  # bytes of shared memory for one program: what an A100 has, an H100 has 227
 ROTATED = 256 << 20  # bytes of weights that are timed in turn: more than second-level caches hold
-WARPS = {16: (1,), 32: (2,), 64: (2, 4), 128: (4, 8)}  # of a tile, by its rows
+WARPS = {16: (1,), 32: (1, 2), 64: (1, 2, 4), 128: (2, 4, 8)}  # of a tile, by its rows
 
 
 class Setting(NamedTuple):
@@ -59,19 +59,18 @@ def chosen(layout: Layout, rows: int, device: torch.device) -> Setting:
 
 
 def default(layout: Layout, rows: int, processors: int) -> Setting:
-    """By rule: tiles so small that every processor gets two, and about 24 KiB of it in flight."""
-    batch = batch_of(rows)
-    size = next((n for n in (64, 32) if layout.out >= 2 * n * processors), 16)
-    if batch >= 32:  # from 64 rows and 4 warps on, the faster matrix units; 128 read x less often
-        size = 128 if layout.out >= 128 * processors else 64
-    tiles = -(-layout.out // size)
-    splits = 1
-    while tiles * splits < processors and 2 * splits * layout.block <= layout.columns:
+    """By a rule that an H200 was timed for: two programs and a bit for each processor."""
+    batch, planes = batch_of(rows), 2 if layout.planes[1] else 1
+    few = batch <= 16
+    # from 64 rows and 4 warps on, the faster matrix units; 128 read x less often
+    size = 128 if not few and layout.out >= 128 * processors else 64
+    tiles, splits = -(-layout.out // size), 1
+    wanted = processors * (9 if few and planes == 1 else 6) // 4
+    while tiles * splits < wanted and splits < 8 and 2 * splits * layout.block <= layout.columns:
         splits *= 2
-    each = layout.block * (size * layout.bits // 8)
-    stages = min(8, max(3, 1 + (24 << 10) // each))
-    warps = 8 if size * batch > 4096 else min(4, size // 16)
-    setting = Setting(size, batch, warps, stages, splits)
+    warps = 2 if few and (planes == 1 or tiles >= 3 * processors) else 4
+    warps = 8 if size * batch > 4096 else warps
+    setting = Setting(size, batch, warps, 3 if few or planes == 1 else 2, splits)
     while not setting.fits(layout) and setting.stages > 2:
         setting = setting._replace(stages=setting.stages - 1)
     return setting
@@ -81,7 +80,7 @@ def candidates(layout: Layout, rows: int, processors: int) -> list[Setting]:
     """Settings worth timing: between half a program and sixteen for each processor."""
     sizes = [(size, warps) for size, many in WARPS.items() for warps in many]
     found = []
-    for (size, warps), stages, splits in product(sizes, (3, 5, 8), (1, 2, 4, 8)):
+    for (size, warps), stages, splits in product(sizes, (2, 3, 4, 6), (1, 2, 4, 8)):
         setting = Setting(size, batch_of(rows), warps, stages, splits)
         programs = -(-layout.out // size) * splits
         if setting.fits(layout) and processors <= 2 * programs <= 32 * processors:
@@ -152,7 +151,8 @@ def random_buffers(
     factors = torch.rand(groups, layout.padded, device=device) * 0.02 + 0.001
     levels = torch.randint(0, 1 << layout.bits, factors.shape, device=device)
     zero = None if not layout.zero else levels.to(torch.uint8 if layout.zero == 1 else scale)
-    return Buffers(codes, factors.to(scale), zero)
+    counts = codes.new_zeros(layout.counters, dtype=torch.int32)
+    return Buffers(codes, counts, factors.to(scale), zero)
 
 
 def seconds(calls: Sequence[Callable[[], object]], repeats: int = 7) -> float:
@@ -179,20 +179,28 @@ def seconds(calls: Sequence[Callable[[], object]], repeats: int = 7) -> float:
     return statistics.median(times)
 
 
-def tune(
-    layout: Layout, rows: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Setting, float]:
-    """Time all candidates on `device` and keep the fastest; (setting, seconds of one product)."""
+def times(
+    layout: Layout, rows: int, dtype: torch.dtype, device: torch.device, wanted: Sequence[Setting]
+) -> dict[Setting, float]:
+    """Seconds of a product with each setting, the weights in turn as in a model."""
     from aptq.kernels.triton.launch import run
 
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
     copies = max(2, min(64, -(-ROTATED // layout.nbytes)))
     held = [random_buffers(layout, device) for _ in range(copies)]
     x = torch.randn(rows, layout.columns, dtype=dtype, device=device)
-    timed = {}
-    for setting in {*candidates(layout, rows, processors), default(layout, rows, processors)}:
-        calls = [lambda b=b, s=setting: run(x, *b, None, layout, s) for b in held]
-        timed[setting] = seconds(calls)
-    best = min(timed, key=lambda setting: timed[setting])
-    save(file_of(torch.cuda.get_device_name(device)), {key_of(layout, rows): best})
-    return best, timed[best]
+    return {
+        setting: seconds([lambda b=b, s=setting: run(x, *b, None, layout, s) for b in held])
+        for setting in wanted
+    }
+
+
+def tune(
+    layout: Layout, rows: int, dtype: torch.dtype, device: torch.device
+) -> dict[Setting, float]:
+    """Time all candidates on `device`, keep the fastest for later; seconds of each, best first."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    wanted = {default(layout, rows, processors), *candidates(layout, rows, processors)}
+    timed = times(layout, rows, dtype, device, sorted(wanted))
+    found = dict(sorted(timed.items(), key=lambda item: item[1]))
+    save(file_of(torch.cuda.get_device_name(device)), {key_of(layout, rows): next(iter(found))})
+    return found

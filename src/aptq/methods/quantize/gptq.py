@@ -211,7 +211,9 @@ class GPTQ(Stage):
             for name in ("fallbacks", "no rows" if hessian.empty else damping.rung, "nearest"):
                 layer.counts[name] = layer.counts.get(name, 0) + 1
             return None
-        W = hessian.target(layer.residual(), self.drift)
+        W = hessian.target(layer.weight, self.drift)
+        if layer.parts:  # what goes beside the codes is fixed, the optimum of the whole moves
+            W -= layer.dense()
         _count(layer, hessian, damping)
         weights = error_weights(H, factor.inner, order, self.importance)
         return Problem(W, H, factor.inner, order, weights)
