@@ -297,18 +297,19 @@ from aptq.kernels.triton import code
 from aptq.kernels.triton.layout import PLANES
 for text in sys.argv[1:]:
     bits, zero, batch, warps = map(int, text.split(","))
-    names = ("x", "codes", "counts", "scale", "zero", "bias", "inner", "left", "sums", "y")
+    names = ("x", "codes", "counts", "scale", "zero", "bias", "inner", "left", "right")
     types = ("bf16", "i16", "i32", "fp16", ("fp16", "u8", "fp16")[zero])
-    types = (*types, "bf16", "bf16", "bf16", "fp32", "bf16")
+    names = (*names, "sums", "y", "flags")
+    types = (*types, "bf16", "bf16", "bf16", "bf16", "fp32", "bf16", "i32")
     kinds = {name: f"*{type}" for name, type in zip(names, types, strict=True)}
-    sizes = ("lower", "rows", "out", "columns", "padded", "per")
+    sizes = ("heads", "lower", "rows", "out", "columns", "padded", "per")
     fixed = dict(HIGH=PLANES[bits][0], LOW=PLANES[bits][1], CHUNK=32, GROUP=128, ZERO=zero,
                  BIAS=True, RANK=0, EVEN=zero == 0, BN=64, BB=batch, SPLIT=True, EARLY=True,
-                 ASM=True)
-    whole = {(i,): [["tt.divisibility", 16]] for i in (*range(10), 10, 12, 13, 14)}
+                 BK=256, ASM=True)
+    whole = {(i,): [["tt.divisibility", 16]] for i in (*range(12), 13, 15, 16, 17)}
     kinds |= dict.fromkeys(sizes, "i32") | dict.fromkeys(fixed, "constexpr")
     source = ASTSource(code.multiply, kinds,
-        {(16 + i,): value for i, value in enumerate(fixed.values())}, whole)
+        {(19 + i,): value for i, value in enumerate(fixed.values())}, whole)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32),
                           options=dict(num_warps=warps, num_stages=3))
     ptx = made.asm["ptx"]

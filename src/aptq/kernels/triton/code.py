@@ -11,17 +11,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from aptq.kernels.triton.fields import numbers
+from aptq.kernels.triton.fields import common, numbers
 
 FEW = tl.constexpr(16)  # rows of x from which constants are taken off every weight, not off sums
-
-
-@triton.constexpr_function
-def _common(group, block):
-    """Columns of a block that share a scale."""
-    while block % group:
-        block, group = group, block % group
-    return group
 
 
 @triton.jit
@@ -72,7 +64,7 @@ def _scaled(
 @triton.jit
 def _factors(place, scale_at, zero_at, columns, padded, GROUP: tl.constexpr, BLOCK: tl.constexpr):
     """Scales and zeros [BN] of block `place`, one of each for every run that shares them."""
-    SHARED: tl.constexpr = _common(GROUP, BLOCK) if GROUP else BLOCK
+    SHARED: tl.constexpr = common(GROUP, BLOCK) if GROUP else BLOCK
     found = ()
     for run in tl.static_range(BLOCK // SHARED):
         k = tl.minimum(place * BLOCK + run * SHARED, columns - 1)
@@ -94,7 +86,7 @@ def _block(
     FIELDS: tl.constexpr = 16 // HIGH
     TILES: tl.constexpr = HIGH // LOW if LOW else 1  # of the upper plane in a block
     BLOCK: tl.constexpr = TILES * FIELDS * CHUNK
-    SHARED: tl.constexpr = _common(GROUP, BLOCK) if GROUP else BLOCK
+    SHARED: tl.constexpr = common(GROUP, BLOCK) if GROUP else BLOCK
     low = tl.load(low_at + place * (16 * CHUNK)) if LOW else 0
     part = acc
     for c in tl.static_range(TILES * FIELDS):
@@ -131,17 +123,16 @@ def _fetch(at, units, LINES: tl.constexpr):
 
 @triton.jit
 def _begin(
-    codes, lower, first, per, columns, padded, RUN: tl.constexpr, BLOCK: tl.constexpr,
+    tile, codes, lower, first, per, columns, padded, RUN: tl.constexpr, BLOCK: tl.constexpr,
     CHUNK: tl.constexpr, BN: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
     """Ask for weights while the kernel before ends, and wait for it."""
-    gdc_launch_dependents()
-    tile = tl.program_id(0) * (BN // 16) + tl.arange(0, BN // 16)
-    tile = tl.minimum(tile, padded // 16 - 1) * (16 * CHUNK)
+    sixteen = tile * (BN // 16) + tl.arange(0, BN // 16)
+    sixteen = tl.minimum(sixteen, padded // 16 - 1) * (16 * CHUNK)
     step: tl.constexpr = BLOCK // RUN * 16 * CHUNK
-    _fetch(codes + tile * tl.cdiv(columns, RUN) + first * step, per * step, 64)
+    _fetch(codes + sixteen * tl.cdiv(columns, RUN) + first * step, per * step, 64)
     if LOW:
-        lower_at = codes + lower + tile * tl.cdiv(columns, BLOCK)
+        lower_at = codes + lower + sixteen * tl.cdiv(columns, BLOCK)
         _fetch(lower_at + first * (16 * CHUNK), per * (16 * CHUNK), 32)
     gdc_wait()  # x is there, and nobody reads what y and sums held before
 
@@ -161,48 +152,84 @@ def _joined(acc, counter, sums, at, size, held):
 
 
 @triton.jit
+def _narrow(
+    x, right, inner, flag, rows, columns, RANK: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr,
+    EARLY: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """inner [heads, rows, RANK] = x [rows, columns] @ right [RANK, columns].T over BK columns."""
+    k, r = tl.program_id(0) * BK + tl.arange(0, BK), tl.arange(0, RANK)
+    b = tl.program_id(2) * BB + tl.arange(0, BB)
+    known, here = (k < columns)[None, :], (b < rows)[None, :]
+    ws = tl.load(right + r[:, None] * columns + k[None, :], mask=known, other=0.0)
+    if EARLY:
+        gdc_wait()
+    x_at = x + b[None, :] * columns + k[:, None]
+    xs = tl.load(x_at, mask=here & (k < columns)[:, None], other=0.0)
+    if not ASM:
+        ws, xs = ws.to(tl.float32), xs.to(tl.float32)
+    at = (tl.program_id(0) * rows + b)[None, :] * RANK + r[:, None]
+    tl.store(inner + at, tl.dot(ws, xs), mask=here)
+    tl.debug_barrier()  # all of it, before it counts
+    tl.atomic_add(flag, 1, sem="acq_rel")
+
+
+@triton.jit
+def _gathered(
+    inner, flag, heads, b, known, rows, D: tl.constexpr, RANK: tl.constexpr, ASM: tl.constexpr
+):
+    """Sums [RANK, BB] of what the `heads` programs of `_narrow` leave, in their order, in D."""
+    # they are the first of the grid: all of them run or have run, and wait for nothing
+    ready = tl.atomic_add(flag, 0, sem="acq_rel")
+    while ready < heads:
+        ready = tl.atomic_add(flag, 0, sem="acq_rel")
+    at = (b * RANK)[None, :] + tl.arange(0, RANK)[:, None]
+    ts = tl.zeros([RANK, b.shape[0]], tl.float32)
+    for head in range(heads):
+        part_at = inner + head * rows * RANK + at
+        ts += tl.load(part_at, mask=known, other=0.0, cache_modifier=".cg")
+    tl.debug_barrier()
+    if tl.atomic_add(flag + 1, 1, sem="acq_rel") == tl.num_programs(0) - heads - 1:
+        tl.store(flag, 0)
+        tl.store(flag + 1, 0)
+    ts = ts.to(D)
+    return ts if ASM else ts.to(tl.float32)
+
+
+@triton.jit
 def _finish(
-    acc, y, at, held, bias, inner, left, b, n, known, out, BIAS: tl.constexpr, RANK: tl.constexpr,
-    ASM: tl.constexpr,
+    acc, y, at, held, bias, inner, left, flag, heads, b, n, known, rows, out, D: tl.constexpr,
+    BIAS: tl.constexpr, RANK: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """y = acc [BN, BB] + bias + the transpose of inner [rows, RANK] @ left [RANK, out]."""
     if BIAS:
         acc += tl.load(bias + n, mask=n < out, other=0.0).to(tl.float32)[:, None]
     if RANK:
-        r = tl.arange(0, RANK)
-        ts = tl.load(inner + (b * RANK)[None, :] + r[:, None], mask=known, other=0.0)
-        ls = tl.load(left + r[None, :] * out + n[:, None], mask=(n < out)[:, None], other=0.0)
+        at_left = left + tl.arange(0, RANK)[None, :] * out + n[:, None]
+        ls = tl.load(at_left, mask=(n < out)[:, None], other=0.0)
         if not ASM:
-            ts, ls = ts.to(tl.float32), ls.to(tl.float32)
-        acc = tl.dot(ls, ts, acc)
+            ls = ls.to(tl.float32)
+        acc = tl.dot(ls, _gathered(inner, flag, heads, b, known, rows, D, RANK, ASM), acc)
     tl.store(y + at, acc.to(y.dtype.element_ty), mask=held)
 
 
-@triton.jit(do_not_specialize=["rows", "per"])
-def multiply(
-    x, codes, counts, scale, zero, bias, inner, left, sums, y, lower, rows, out, columns, padded,
-    per, HIGH: tl.constexpr, LOW: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
-    ZERO: tl.constexpr, BIAS: tl.constexpr, RANK: tl.constexpr, EVEN: tl.constexpr,
-    BN: tl.constexpr, BB: tl.constexpr, SPLIT: tl.constexpr, EARLY: tl.constexpr,
-    ASM: tl.constexpr,
+@triton.jit
+def _tile(
+    x, codes, counts, scale, zero, bias, inner, left, sums, y, flag, heads, lower, rows, out,
+    columns, padded, per, HIGH: tl.constexpr, LOW: tl.constexpr, CHUNK: tl.constexpr,
+    GROUP: tl.constexpr, ZERO: tl.constexpr, BIAS: tl.constexpr, RANK: tl.constexpr,
+    EVEN: tl.constexpr, BN: tl.constexpr, BB: tl.constexpr, SPLIT: tl.constexpr,
+    EARLY: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """y [rows, out] = x [rows, columns] @ weight.T + inner [rows, RANK] @ left [RANK, out] + bias.
-
-    codes from `lower` on are the lower plane; ZERO 0 none, 1 whole, 2 real; GROUP 0: a whole row;
-    EVEN: all blocks are full.  SPLIT: programs take `per` blocks each, leave their sums in `sums`
-    [splits, rows, out], and the last of a tile, known by `counts` (zeros before and after), adds
-    them up.  EARLY: begins while the kernel before ends.
-    """
+    """What `multiply` does in the programs behind the first `heads`."""
     D: tl.constexpr = x.dtype.element_ty
     RUN: tl.constexpr = 16 // HIGH * CHUNK
     BLOCK: tl.constexpr = 16 // LOW * CHUNK if LOW else RUN
     # above 16 rows of x a second product costs more than one operation for every two weights
     SUMS: tl.constexpr = BB <= FEW or ZERO == 2
-    first = tl.program_id(1) * per
+    tile, first = tl.program_id(0) - heads, tl.program_id(1) * per
     if EARLY:
-        _begin(codes, lower, first, per, columns, padded, RUN, BLOCK, CHUNK, BN, LOW)
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    b = tl.program_id(2) * BB + tl.arange(0, BB)
+        _begin(tile, codes, lower, first, per, columns, padded, RUN, BLOCK, CHUNK, BN, LOW)
+    n, b = tile * BN + tl.arange(0, BN), tl.program_id(2) * BB + tl.arange(0, BB)
     known, row, blocks = (b < rows)[None, :], tl.minimum(n, padded - 1), tl.cdiv(columns, BLOCK)
     place = (row % 16 * CHUNK)[:, None] + tl.arange(0, CHUNK)[None, :]
     high_at = codes + (row // 16 * (tl.cdiv(columns, RUN) * 16 * CHUNK))[:, None] + place
@@ -218,48 +245,50 @@ def multiply(
             HIGH, LOW, CHUNK, GROUP, ZERO, SUMS, EVEN, D, ASM,
         )  # fmt: skip
         factors = later
+    if EARLY:
+        gdc_launch_dependents()  # sooner, and what comes next would take this kernel's places
     if GROUP == 0:
         acc = _scaled(acc, total, factors[0][0], factors[0][1], HIGH, LOW, SUMS, ZERO)
     at, held, last = b[None, :] * out + n[:, None], known & (n < out)[:, None], True
     if SPLIT:
-        counter = counts + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+        counter = counts + tl.program_id(2) * (tl.num_programs(0) - heads) + tile
         last, acc = _joined(acc, counter, sums, at, rows * out, held)
     if last:
-        _finish(acc, y, at, held, bias, inner, left, b, n, known, out, BIAS, RANK, ASM)
+        _finish(acc, y, at, held, bias, inner, left, flag, heads, b, n, known, rows, out, D, BIAS,
+                RANK, ASM)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["rows"])
-def narrow(
-    x, right, count, sums, inner, rows, columns, RANK: tl.constexpr, BB: tl.constexpr,
-    BK: tl.constexpr, EARLY: tl.constexpr, ASM: tl.constexpr,
+@triton.jit(do_not_specialize=["heads", "rows", "per"])
+def multiply(
+    x, codes, counts, scale, zero, bias, inner, left, right, sums, y, flags, heads, lower, rows,
+    out, columns, padded, per, HIGH: tl.constexpr, LOW: tl.constexpr, CHUNK: tl.constexpr,
+    GROUP: tl.constexpr, ZERO: tl.constexpr, BIAS: tl.constexpr, RANK: tl.constexpr,
+    EVEN: tl.constexpr, BN: tl.constexpr, BB: tl.constexpr, SPLIT: tl.constexpr,
+    EARLY: tl.constexpr, BK: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """inner [rows, RANK] = x [rows, columns] @ right [RANK, columns].T, rounded once.
+    """y [rows, out] = x [rows, columns] @ (weight.T + right.T @ left) + bias.
 
-    Every program takes BK columns and leaves its sums in `sums` [programs, rows, RANK]; the last,
-    known by count [1], adds them up.
+    codes from `lower` on are the lower plane; ZERO 0 none, 1 whole, 2 real; GROUP 0: a whole row;
+    EVEN: all blocks are full.  SPLIT: programs take `per` blocks each, leave their sums in `sums`
+    [splits, rows, out], and the last of a tile, known by `counts` (zeros before and after), adds
+    them up.  EARLY: begins while the kernel before ends.  Unless RANK is 0 the first `heads`
+    programs make inner [heads, rows, RANK], parts of x @ right.T, for which the others wait before
+    they end: `flags` [batch tiles, 2], zeros before and after, count who has written and read.
     """
-    if EARLY:
-        gdc_launch_dependents()
-    k, r = tl.program_id(0) * BK + tl.arange(0, BK), tl.arange(0, RANK)
-    b = tl.program_id(1) * BB + tl.arange(0, BB)
-    known = (k < columns)[None, :]
-    ws = tl.load(right + r[:, None] * columns + k[None, :], mask=known, other=0.0)
-    if EARLY:
-        gdc_wait()
-    here = (b < rows)[None, :]
-    xs = tl.load(
-        x + b[None, :] * columns + k[:, None], mask=here & (k < columns)[:, None], other=0.0
-    )
-    if not ASM:
-        ws, xs = ws.to(tl.float32), xs.to(tl.float32)
-    acc = tl.dot(ws, xs)
-    at, size = b[None, :] * RANK + r[:, None], rows * RANK
-    tl.store(sums + tl.program_id(0) * size + at, acc, mask=here)
-    tl.debug_barrier()  # all of it, before it counts
-    counter = count + tl.program_id(1)
-    if tl.atomic_add(counter, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-        acc = tl.zeros_like(acc)
-        for program in range(tl.num_programs(0)):
-            acc += tl.load(sums + program * size + at, mask=here, other=0.0, cache_modifier=".cg")
-        tl.store(counter, 0)
-        tl.store(inner + at, acc.to(inner.dtype.element_ty), mask=here)
+    flag = flags + 2 * tl.program_id(2)
+    if RANK:
+        if tl.program_id(0) < heads:
+            if tl.program_id(1) == 0:
+                _narrow(x, right, inner, flag, rows, columns, RANK, BB, BK, EARLY, ASM)
+        else:
+            _tile(
+                x, codes, counts, scale, zero, bias, inner, left, sums, y, flag, heads, lower, rows,
+                out, columns, padded, per, HIGH, LOW, CHUNK, GROUP, ZERO, BIAS, RANK, EVEN, BN, BB,
+                SPLIT, EARLY, ASM,
+            )  # fmt: skip
+    else:
+        _tile(
+            x, codes, counts, scale, zero, bias, inner, left, sums, y, flag, 0, lower, rows, out,
+            columns, padded, per, HIGH, LOW, CHUNK, GROUP, ZERO, BIAS, RANK, EVEN, BN, BB, SPLIT,
+            EARLY, ASM,
+        )  # fmt: skip

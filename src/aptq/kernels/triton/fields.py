@@ -40,6 +40,14 @@ def asm(field, high, other, low, up, bf16, less):
 
 
 @triton.constexpr_function
+def common(group, block):
+    """Columns of a block that share a scale."""
+    while block % group:
+        block, group = group, block % group
+    return group
+
+
+@triton.constexpr_function
 def negative(value, bf16):
     """The 16 bits of minus a positive whole number that the type holds exactly."""
     mantissa, bias = _format(bf16)

@@ -11,11 +11,11 @@ import triton
 from torch import Tensor
 
 from aptq.kernels.triton import code, fields
-from aptq.kernels.triton.layout import Layout
+from aptq.kernels.triton.layout import TILES, Layout
 from aptq.kernels.triton.tuning import Setting, chosen
 
 INTERPRETED = triton.knobs.runtime.interpret  # on the CPU, for tests: PTX cannot be interpreted
-NARROW = 256  # columns of a program that multiplies with the factors of small rank
+NARROW = 256  # columns of a program that multiplies with factors of small rank
 EXPANDED = 64  # rows of the weight that a program decodes at once
 
 
@@ -82,37 +82,23 @@ def run(
     splits = triton.cdiv(blocks, per)
     sums = y if splits == 1 else x.new_empty(splits, rows, out, dtype=torch.float32)
     offset, last = scale if zero is None else zero, x if bias is None else bias
-    inner, left, rank = x, x, 0
+    inner, left, right, rank, heads = x, x, x, 0, 0
     if added is not None:
-        left, rank = added[0], len(added[0])
-        inner = _narrow(x, added[1], counts[layout.tiles :])
-    grid = (triton.cdiv(out, setting.rows), splits, triton.cdiv(rows, setting.batch))
-    assert splits == 1 or grid[0] * grid[2] <= layout.tiles, (grid, layout)
+        (left, right), rank, heads = added, len(added[0]), triton.cdiv(layout.columns, NARROW)
+        inner = x.new_empty(heads, rows, rank, dtype=torch.float32)
+    tiles, batches = triton.cdiv(out, setting.rows), triton.cdiv(rows, setting.batch)
+    assert batches <= TILES or (splits == 1 and not rank), (rows, setting)
     early = overlaps(x.device)
     with torch.cuda.device_of(x):
-        code.multiply[grid](
-            x, codes, counts, scale, offset, last, inner, left, sums, y, layout.units(0), rows,
-            out, layout.columns, layout.padded, per, *layout.planes, layout.chunk, layout.group,
-            layout.zero, bias is not None, rank, layout.columns % layout.block == 0, setting.rows,
-            setting.batch, splits > 1, early, not INTERPRETED,
+        code.multiply[heads + tiles, splits, batches](
+            x, codes, counts, scale, offset, last, inner, left, right, sums, y,
+            counts[layout.tiles :], heads, layout.units(0), rows, out, layout.columns,
+            layout.padded, per, *layout.planes, layout.chunk, layout.group, layout.zero,
+            bias is not None, rank, layout.columns % layout.block == 0, setting.rows,
+            setting.batch, splits > 1, early, NARROW, not INTERPRETED,
             num_warps=setting.warps, num_stages=setting.stages, launch_pdl=early,
         )  # fmt: skip
     return y
-
-
-def _narrow(x: Tensor, right: Tensor, count: Tensor) -> Tensor:
-    """x [rows, columns] @ right [rank, columns].T -> [rows, rank]."""
-    (rows, columns), rank = x.shape, len(right)
-    grid = (triton.cdiv(columns, NARROW), triton.cdiv(rows, 16))
-    assert grid[1] <= len(count), (grid, len(count))
-    sums = x.new_empty(grid[0], rows, rank, dtype=torch.float32)
-    inner, early = x.new_empty(rows, rank), overlaps(x.device)
-    with torch.cuda.device_of(x):
-        code.narrow[grid](
-            x, right, count, sums, inner, rows, columns, rank, 16, NARROW, early, not INTERPRETED,
-            num_warps=2, launch_pdl=early,
-        )  # fmt: skip
-    return inner
 
 
 @torch.library.custom_op("aptq::expand", mutates_args=())

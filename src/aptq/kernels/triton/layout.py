@@ -64,8 +64,8 @@ class Layout(NamedTuple):
 
     @property
     def counters(self) -> int:
-        """For these tiles, and for 16 rows of x each of what low-rank factors make of it."""
-        return self.tiles + 16
+        """For these tiles, and two for each of rows of x that low-rank factors are added to."""
+        return self.tiles + 2 * TILES
 
     def units(self, plane: int) -> int:
         """16-bit units of a plane, 0 or 1."""
