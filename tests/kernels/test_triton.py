@@ -297,19 +297,19 @@ from aptq.kernels.triton import code
 from aptq.kernels.triton.layout import PLANES
 for text in sys.argv[1:]:
     bits, zero, batch, warps = map(int, text.split(","))
-    names = ("x", "codes", "counts", "scale", "zero", "bias", "inner", "left", "right")
+    names = ("x", "codes", "counts", "scale", "zero", "bias", "parts", "inner")
     types = ("bf16", "i16", "i32", "fp16", ("fp16", "u8", "fp16")[zero])
-    names = (*names, "sums", "y", "flags")
-    types = (*types, "bf16", "bf16", "bf16", "bf16", "fp32", "bf16", "i32")
+    names = (*names, "left", "right", "sums", "y", "flags")
+    types = (*types, "bf16", "fp32", "bf16", "bf16", "bf16", "fp32", "bf16", "i32")
     kinds = {name: f"*{type}" for name, type in zip(names, types, strict=True)}
     sizes = ("heads", "lower", "rows", "out", "columns", "padded", "per")
     fixed = dict(HIGH=PLANES[bits][0], LOW=PLANES[bits][1], CHUNK=32, GROUP=128, ZERO=zero,
-                 BIAS=True, RANK=0, EVEN=zero == 0, BN=64, BB=batch, SPLIT=True, EARLY=True,
-                 BK=256, ASM=True)
-    whole = {(i,): [["tt.divisibility", 16]] for i in (*range(12), 13, 15, 16, 17)}
+                 BIAS=True, RANK=0, EVEN=zero == 0, BN=64, BB=batch, SPLIT=True,
+                 BK=128, RUNS=8, ASM=True)
+    whole = {(i,): [["tt.divisibility", 16]] for i in (*range(13), 14, 16, 17, 18)}
     kinds |= dict.fromkeys(sizes, "i32") | dict.fromkeys(fixed, "constexpr")
     source = ASTSource(code.multiply, kinds,
-        {(19 + i,): value for i, value in enumerate(fixed.values())}, whole)
+        {(20 + i,): value for i, value in enumerate(fixed.values())}, whole)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32),
                           options=dict(num_warps=warps, num_stages=3))
     ptx = made.asm["ptx"]

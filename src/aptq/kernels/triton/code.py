@@ -9,7 +9,6 @@ meet the scales there.
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from aptq.kernels.triton.fields import common, numbers
 
@@ -112,32 +111,6 @@ def _block(
 
 
 @triton.jit
-def _fetch(at, units, LINES: tl.constexpr):
-    """Ask for the first lines of 128 bytes of runs of int16 `units` at pointers `at` [n]."""
-    lines = tl.minimum(tl.arange(0, LINES) * 64, units - 1)
-    places = (at[:, None] + lines[None, :]).to(tl.uint64, bitcast=True)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [places], tl.int32, False, 1
-    )
-
-
-@triton.jit
-def _begin(
-    tile, codes, lower, first, per, columns, padded, RUN: tl.constexpr, BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr, BN: tl.constexpr, LOW: tl.constexpr,
-):  # fmt: skip
-    """Ask for weights while the kernel before ends, and wait for it."""
-    sixteen = tile * (BN // 16) + tl.arange(0, BN // 16)
-    sixteen = tl.minimum(sixteen, padded // 16 - 1) * (16 * CHUNK)
-    step: tl.constexpr = BLOCK // RUN * 16 * CHUNK
-    _fetch(codes + sixteen * tl.cdiv(columns, RUN) + first * step, per * step, 64)
-    if LOW:
-        lower_at = codes + lower + sixteen * tl.cdiv(columns, BLOCK)
-        _fetch(lower_at + first * (16 * CHUNK), per * (16 * CHUNK), 32)
-    gdc_wait()  # x is there, and nobody reads what y and sums held before
-
-
-@triton.jit
 def _joined(acc, counter, sums, at, size, held):
     """(is this the last program of its tile, the sums of all, in their order, if it is)."""
     tl.store(sums + tl.program_id(1) * size + at, acc, mask=held)
@@ -153,52 +126,58 @@ def _joined(acc, counter, sums, at, size, held):
 
 @triton.jit
 def _narrow(
-    x, right, inner, flag, rows, columns, RANK: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr,
-    EARLY: tl.constexpr, ASM: tl.constexpr,
+    x, right, parts, inner, flag, heads, rows, columns, RANK: tl.constexpr, BB: tl.constexpr,
+    BK: tl.constexpr, RUNS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """inner [heads, rows, RANK] = x [rows, columns] @ right [RANK, columns].T over BK columns."""
-    k, r = tl.program_id(0) * BK + tl.arange(0, BK), tl.arange(0, RANK)
-    b = tl.program_id(2) * BB + tl.arange(0, BB)
-    known, here = (k < columns)[None, :], (b < rows)[None, :]
-    ws = tl.load(right + r[:, None] * columns + k[None, :], mask=known, other=0.0)
-    if EARLY:
-        gdc_wait()
-    x_at = x + b[None, :] * columns + k[:, None]
-    xs = tl.load(x_at, mask=here & (k < columns)[:, None], other=0.0)
-    if not ASM:
-        ws, xs = ws.to(tl.float32), xs.to(tl.float32)
-    at = (tl.program_id(0) * rows + b)[None, :] * RANK + r[:, None]
-    tl.store(inner + at, tl.dot(ws, xs), mask=here)
+    """inner [rows, RANK] = x [rows, columns] @ right [RANK, columns].T, rounded once.
+
+    Each of `heads` programs takes RUNS * BK columns and leaves sums in `parts` [heads, rows, RANK];
+    the last adds them up and leaves -1 at `flag`.
+    """
+    b, r = tl.program_id(2) * BB + tl.arange(0, BB), tl.arange(0, RANK)
+    here, acc = (b < rows)[None, :], tl.zeros([RANK, BB], tl.float32)
+    for run in range(RUNS):
+        k = (tl.program_id(0) * RUNS + run) * BK + tl.arange(0, BK)
+        known = k < columns
+        ws = tl.load(right + r[:, None] * columns + k[None, :], mask=known[None, :], other=0.0)
+        x_at = x + b[None, :] * columns + k[:, None]
+        xs = tl.load(x_at, mask=here & known[:, None], other=0.0)
+        if not ASM:
+            ws, xs = ws.to(tl.float32), xs.to(tl.float32)
+        acc = tl.dot(ws, xs, acc)
+    at = b[None, :] * RANK + r[:, None]
+    tl.store(parts + tl.program_id(0) * rows * RANK + at, acc, mask=here)
     tl.debug_barrier()  # all of it, before it counts
-    tl.atomic_add(flag, 1, sem="acq_rel")
+    if tl.atomic_add(flag, 1, sem="acq_rel") == heads - 1:
+        acc = tl.zeros_like(acc)
+        for head in range(heads):
+            part_at = parts + head * rows * RANK + at
+            acc += tl.load(part_at, mask=here, other=0.0, cache_modifier=".cg")
+        tl.store(inner + at, acc.to(inner.dtype.element_ty), mask=here)
+        tl.debug_barrier()
+        tl.atomic_add(flag, -heads - 1, sem="acq_rel")
 
 
 @triton.jit
-def _gathered(
-    inner, flag, heads, b, known, rows, D: tl.constexpr, RANK: tl.constexpr, ASM: tl.constexpr
-):
-    """Sums [RANK, BB] of what the `heads` programs of `_narrow` leave, in their order, in D."""
-    # they are the first of the grid: all of them run or have run, and wait for nothing
+def _awaited(inner, flag, heads, b, known, RANK: tl.constexpr, ASM: tl.constexpr):
+    """What `_narrow` made for this tile, [RANK, BB]."""
+    # those programs are the first of the grid: all run or have run, and wait for nothing
     ready = tl.atomic_add(flag, 0, sem="acq_rel")
-    while ready < heads:
+    while ready >= 0:
         ready = tl.atomic_add(flag, 0, sem="acq_rel")
     at = (b * RANK)[None, :] + tl.arange(0, RANK)[:, None]
-    ts = tl.zeros([RANK, b.shape[0]], tl.float32)
-    for head in range(heads):
-        part_at = inner + head * rows * RANK + at
-        ts += tl.load(part_at, mask=known, other=0.0, cache_modifier=".cg")
+    ts = tl.load(inner + at, mask=known, other=0.0, cache_modifier=".cg")
     tl.debug_barrier()
     if tl.atomic_add(flag + 1, 1, sem="acq_rel") == tl.num_programs(0) - heads - 1:
         tl.store(flag, 0)
         tl.store(flag + 1, 0)
-    ts = ts.to(D)
     return ts if ASM else ts.to(tl.float32)
 
 
 @triton.jit
 def _finish(
-    acc, y, at, held, bias, inner, left, flag, heads, b, n, known, rows, out, D: tl.constexpr,
-    BIAS: tl.constexpr, RANK: tl.constexpr, ASM: tl.constexpr,
+    acc, y, at, held, bias, inner, left, flag, heads, b, n, known, out, BIAS: tl.constexpr,
+    RANK: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """y = acc [BN, BB] + bias + the transpose of inner [rows, RANK] @ left [RANK, out]."""
     if BIAS:
@@ -208,7 +187,7 @@ def _finish(
         ls = tl.load(at_left, mask=(n < out)[:, None], other=0.0)
         if not ASM:
             ls = ls.to(tl.float32)
-        acc = tl.dot(ls, _gathered(inner, flag, heads, b, known, rows, D, RANK, ASM), acc)
+        acc = tl.dot(ls, _awaited(inner, flag, heads, b, known, RANK, ASM), acc)
     tl.store(y + at, acc.to(y.dtype.element_ty), mask=held)
 
 
@@ -218,7 +197,7 @@ def _tile(
     columns, padded, per, HIGH: tl.constexpr, LOW: tl.constexpr, CHUNK: tl.constexpr,
     GROUP: tl.constexpr, ZERO: tl.constexpr, BIAS: tl.constexpr, RANK: tl.constexpr,
     EVEN: tl.constexpr, BN: tl.constexpr, BB: tl.constexpr, SPLIT: tl.constexpr,
-    EARLY: tl.constexpr, ASM: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
     """What `multiply` does in the programs behind the first `heads`."""
     D: tl.constexpr = x.dtype.element_ty
@@ -227,8 +206,6 @@ def _tile(
     # above 16 rows of x a second product costs more than one operation for every two weights
     SUMS: tl.constexpr = BB <= FEW or ZERO == 2
     tile, first = tl.program_id(0) - heads, tl.program_id(1) * per
-    if EARLY:
-        _begin(tile, codes, lower, first, per, columns, padded, RUN, BLOCK, CHUNK, BN, LOW)
     n, b = tile * BN + tl.arange(0, BN), tl.program_id(2) * BB + tl.arange(0, BB)
     known, row, blocks = (b < rows)[None, :], tl.minimum(n, padded - 1), tl.cdiv(columns, BLOCK)
     place = (row % 16 * CHUNK)[:, None] + tl.arange(0, CHUNK)[None, :]
@@ -245,8 +222,6 @@ def _tile(
             HIGH, LOW, CHUNK, GROUP, ZERO, SUMS, EVEN, D, ASM,
         )  # fmt: skip
         factors = later
-    if EARLY:
-        gdc_launch_dependents()  # sooner, and what comes next would take this kernel's places
     if GROUP == 0:
         acc = _scaled(acc, total, factors[0][0], factors[0][1], HIGH, LOW, SUMS, ZERO)
     at, held, last = b[None, :] * out + n[:, None], known & (n < out)[:, None], True
@@ -254,41 +229,40 @@ def _tile(
         counter = counts + tl.program_id(2) * (tl.num_programs(0) - heads) + tile
         last, acc = _joined(acc, counter, sums, at, rows * out, held)
     if last:
-        _finish(acc, y, at, held, bias, inner, left, flag, heads, b, n, known, rows, out, D, BIAS,
-                RANK, ASM)  # fmt: skip
+        _finish(acc, y, at, held, bias, inner, left, flag, heads, b, n, known, out, BIAS, RANK, ASM)
 
 
 @triton.jit(do_not_specialize=["heads", "rows", "per"])
 def multiply(
-    x, codes, counts, scale, zero, bias, inner, left, right, sums, y, flags, heads, lower, rows,
+    x, codes, counts, scale, zero, bias, parts, inner, left, right, sums, y, flags, heads, lower, rows,
     out, columns, padded, per, HIGH: tl.constexpr, LOW: tl.constexpr, CHUNK: tl.constexpr,
     GROUP: tl.constexpr, ZERO: tl.constexpr, BIAS: tl.constexpr, RANK: tl.constexpr,
     EVEN: tl.constexpr, BN: tl.constexpr, BB: tl.constexpr, SPLIT: tl.constexpr,
-    EARLY: tl.constexpr, BK: tl.constexpr, ASM: tl.constexpr,
+    BK: tl.constexpr, RUNS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """y [rows, out] = x [rows, columns] @ (weight.T + right.T @ left) + bias.
 
     codes from `lower` on are the lower plane; ZERO 0 none, 1 whole, 2 real; GROUP 0: a whole row;
     EVEN: all blocks are full.  SPLIT: programs take `per` blocks each, leave their sums in `sums`
     [splits, rows, out], and the last of a tile, known by `counts` (zeros before and after), adds
-    them up.  EARLY: begins while the kernel before ends.  Unless RANK is 0 the first `heads`
-    programs make inner [heads, rows, RANK], parts of x @ right.T, for which the others wait before
-    they end: `flags` [batch tiles, 2], zeros before and after, count who has written and read.
+    them up.  Unless RANK is 0 the first `heads` programs make inner [rows, RANK] = x @
+    right.T, for which the others wait before they end: `flags` [batch tiles, 2], zeros before and
+    after, count who has written and read.
     """
     flag = flags + 2 * tl.program_id(2)
     if RANK:
         if tl.program_id(0) < heads:
             if tl.program_id(1) == 0:
-                _narrow(x, right, inner, flag, rows, columns, RANK, BB, BK, EARLY, ASM)
+                _narrow(x, right, parts, inner, flag, heads, rows, columns, RANK, BB, BK, RUNS, ASM)
         else:
             _tile(
                 x, codes, counts, scale, zero, bias, inner, left, sums, y, flag, heads, lower, rows,
                 out, columns, padded, per, HIGH, LOW, CHUNK, GROUP, ZERO, BIAS, RANK, EVEN, BN, BB,
-                SPLIT, EARLY, ASM,
+                SPLIT, ASM,
             )  # fmt: skip
     else:
         _tile(
             x, codes, counts, scale, zero, bias, inner, left, sums, y, flag, 0, lower, rows, out,
             columns, padded, per, HIGH, LOW, CHUNK, GROUP, ZERO, BIAS, RANK, EVEN, BN, BB, SPLIT,
-            EARLY, ASM,
+            ASM,
         )  # fmt: skip

@@ -4,7 +4,6 @@ No operator asks the device for anything, so all of them may be captured in CUDA
 """
 
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 import triton
@@ -15,14 +14,8 @@ from aptq.kernels.triton.layout import TILES, Layout
 from aptq.kernels.triton.tuning import Setting, chosen
 
 INTERPRETED = triton.knobs.runtime.interpret  # on the CPU, for tests: PTX cannot be interpreted
-NARROW = 256  # columns of a program that multiplies with factors of small rank
+NARROW, RUNS = 128, 8  # columns of a step, and steps, of programs that multiply with factors
 EXPANDED = 64  # rows of the weight that a program decodes at once
-
-
-@cache
-def overlaps(device: torch.device) -> bool:
-    """Can a kernel begin before the one in front of it has ended (from Hopper on)?"""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @torch.library.custom_op("aptq::multiply", mutates_args=())
@@ -82,21 +75,22 @@ def run(
     splits = triton.cdiv(blocks, per)
     sums = y if splits == 1 else x.new_empty(splits, rows, out, dtype=torch.float32)
     offset, last = scale if zero is None else zero, x if bias is None else bias
-    inner, left, right, rank, heads = x, x, x, 0, 0
+    parts, inner, left, right, rank, heads = x, x, x, x, 0, 0
     if added is not None:
-        (left, right), rank, heads = added, len(added[0]), triton.cdiv(layout.columns, NARROW)
-        inner = x.new_empty(heads, rows, rank, dtype=torch.float32)
+        (left, right), rank = added, len(added[0])
+        heads = triton.cdiv(layout.columns, NARROW * RUNS)
+        inner = x.new_empty(rows, rank)
+        parts = x.new_empty(heads, rows, rank, dtype=torch.float32)
     tiles, batches = triton.cdiv(out, setting.rows), triton.cdiv(rows, setting.batch)
     assert batches <= TILES or (splits == 1 and not rank), (rows, setting)
-    early = overlaps(x.device)
     with torch.cuda.device_of(x):
         code.multiply[heads + tiles, splits, batches](
-            x, codes, counts, scale, offset, last, inner, left, right, sums, y,
+            x, codes, counts, scale, offset, last, parts, inner, left, right, sums, y,
             counts[layout.tiles :], heads, layout.units(0), rows, out, layout.columns,
             layout.padded, per, *layout.planes, layout.chunk, layout.group, layout.zero,
             bias is not None, rank, layout.columns % layout.block == 0, setting.rows,
-            setting.batch, splits > 1, early, NARROW, not INTERPRETED,
-            num_warps=setting.warps, num_stages=setting.stages, launch_pdl=early,
+            setting.batch, splits > 1, NARROW, RUNS, not INTERPRETED,
+            num_warps=setting.warps, num_stages=setting.stages,
         )  # fmt: skip
     return y
 

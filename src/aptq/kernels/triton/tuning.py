@@ -63,9 +63,10 @@ def default(layout: Layout, rows: int, processors: int) -> Setting:
     batch, planes = batch_of(rows), 2 if layout.planes[1] else 1
     few = batch <= 16
     # from 64 rows and 4 warps on, the faster matrix units; 128 read x less often
-    size = 128 if not few and layout.out >= 128 * processors else 64
+    large = layout.out >= 128 * processors or (planes == 2 and batch == 32)
+    size = 128 if large and not few else 64
     tiles, splits = -(-layout.out // size), 1
-    wanted = processors * (9 if few and planes == 1 else 6) // 4
+    wanted = processors * (9 if few and planes == 1 else 6 if few or planes == 1 else 5) // 4
     while tiles * splits < wanted and splits < 8 and 2 * splits * layout.block <= layout.columns:
         splits *= 2
     warps = 2 if few and (planes == 1 or tiles >= 3 * processors) else 4
