@@ -234,8 +234,8 @@ def _tile(
 
 @triton.jit(do_not_specialize=["heads", "rows", "per"])
 def multiply(
-    x, codes, counts, scale, zero, bias, parts, inner, left, right, sums, y, flags, heads, lower, rows,
-    out, columns, padded, per, HIGH: tl.constexpr, LOW: tl.constexpr, CHUNK: tl.constexpr,
+    x, codes, counts, scale, zero, bias, parts, inner, left, right, sums, y, flags, heads, lower,
+    rows, out, columns, padded, per, HIGH: tl.constexpr, LOW: tl.constexpr, CHUNK: tl.constexpr,
     GROUP: tl.constexpr, ZERO: tl.constexpr, BIAS: tl.constexpr, RANK: tl.constexpr,
     EVEN: tl.constexpr, BN: tl.constexpr, BB: tl.constexpr, SPLIT: tl.constexpr,
     BK: tl.constexpr, RUNS: tl.constexpr, ASM: tl.constexpr,
