@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,9 @@ def run_of(options: argparse.Namespace, label: str) -> tuple[Path, common.Row]:
     return out, {"bpw": found.bits, "checkpoint_bytes": found.bytes_after}
 
 
-def scored(options: argparse.Namespace, folder: Path) -> common.Row:
+def scored(
+    options: argparse.Namespace, folder: Path, files: Sequence[Path], items: int
+) -> common.Row:
     """Accuracies with standard errors, and the answers of each item as 0 and 1."""
     from transformers import AutoTokenizer
 
@@ -70,9 +73,9 @@ def scored(options: argparse.Namespace, folder: Path) -> common.Row:
 
     model = ours.dense(folder, options.device)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    paths = [str(options.shared / "data" / "tasks" / f"{name}.jsonl") for name in TASKS]
+    paths = [str(file) for file in files]
     began = time.perf_counter()
-    scores = harness.score(model, tokenizer, paths, limit=options.limit, seed=options.draw)
+    scores = harness.score(model, tokenizer, paths, limit=items, seed=options.draw)
     row: common.Row = {"seconds": round(time.perf_counter() - began, 1)}
     for one in scores:
         name = f"{one.task} {one.metric}"
@@ -105,6 +108,7 @@ def main() -> None:
         name, device=options.device, protocol=PROTOCOL, folder=options.results
     )
     digest = common.sha256_model(options.model)
+    files = [options.shared / "data" / "tasks" / f"{name}.jsonl" for name in TASKS]
     for label in options.only.split(","):
         row: common.Row = {"model_sha256": digest, "label": label, "items": options.limit}
         row |= {"seed": options.draw}
@@ -112,7 +116,7 @@ def main() -> None:
             print(f"{label}: already in {results.path.name}")
             continue
         folder, sizes = run_of(options, label)
-        row |= sizes | scored(options, folder)
+        row |= sizes | scored(options, folder, files, options.limit)
         base = results.find(row | {"label": "bf16"})
         if base:
             row["against bf16"] = against(row, base)

@@ -134,6 +134,25 @@ def test_effort_adds_up_what_the_recipe_does(model: Model, tmp_path: Path) -> No
     assert longer.disk > found.disk
 
 
+def test_the_larger_of_two_walks_is_planned_for(model: Model) -> None:
+    """On a GPU: candidates of a layer at once, or statistics, factor and states."""
+    choice = choose(model, recipe("budget = '4bpw'\n", "[[stage]]\nuse = 'rtn'\n"))
+    data = "[data]\nsamples = 64\nlength = 64\n"
+    stage = "[[stage]]\nuse = 'gptq'\n" + data
+
+    def needs(text: str):  # type: ignore[no-untyped-def]
+        return effort(model, recipe(text, stage), choice.plan, choice.nbytes, CUDA)
+
+    alone, measured = needs(""), needs("budget = '4bpw'\n")
+    assert alone.parts["rounding"] < measured.parts["rounding"] or measured == alone
+    assert measured.memory >= alone.memory
+    assert measured.memory == sum(measured.parts.values())
+    tape = (model.blocks + 2) * 64 * 64 * 48 * 2
+    assert measured.parts["hidden states"] in (alone.parts["hidden states"], tape)
+    assert alone.host > 1 << 30
+    assert effort(model, recipe("", stage), choice.plan, choice.nbytes, CPU).host == 0
+
+
 def test_the_originals_stream_is_counted() -> None:
     """Drift needs the hidden states of the uncompressed model beside those at hand."""
     assert streams(Recipe.load("aptq")) == 2

@@ -27,10 +27,14 @@ from aptq.planning import (
 from aptq.recipe import Recipe
 
 PROGRAM = 300 << 20  # bytes of anonymous memory after the imports, tokenizer included (measured)
+HOST = 1500 << 20  # the same at the end of a run on a GPU, with CUDA's libraries: 1.35 to 1.62 GiB
 FACTOR = 32  # bytes for each element of a Hessian while it is factorised: its mean, float64 copies
 # the same on a GPU, by what the code holds: float32 copies; where it makes up for drift four in
-# float64 beside mean and factor; and what is left of them while columns are rounded
+# float64 beside mean and factor; and what is left of them while columns are rounded; right within
+# 4 % for the peaks in benchmarks/results/throughput-cuda.json
 DEVICE_FACTOR, CORRECTION, LEFT = 22, 44, 12
+# while candidates are measured, of a Hessian's elements and of a candidate's weights: fitted there
+MEASURING, CANDIDATE = 35, 24
 SWEEP = 16  # bytes a weight while a layer is rounded: residual, errors, result, codes
 BLOCK = 6  # bytes a weight of the loaded block: float32 to work on, 16 bits to run
 
@@ -60,6 +64,7 @@ class Effort:
     disk: int  # bytes at the peak, if the hidden states lie there
     seconds: float  # an estimate
     parts: dict[str, int]  # what the memory holds
+    host: int = 0  # bytes of RAM beside, on a GPU: the program, and the next block read ahead
 
 
 def effort(model: Model, recipe: Recipe, plan: Plan, nbytes: int, device: torch.device) -> Effort:
@@ -71,22 +76,26 @@ def effort(model: Model, recipe: Recipe, plan: Plan, nbytes: int, device: torch.
     some = measuring_data(recipe.data).needed if backward else 0
     width: int = model.config.get_text_config().hidden_size
     states = kept_tokens(recipe) * width * model.dtype.itemsize if calibrated else 0
-    parts = _memory(model, recipe, plan, device, measured)
-    if device.type == "cuda" and any(stage.original for stage in recipe.stages):
-        states += tokens * width * model.dtype.itemsize  # what the next block of the original gets
-    parts["hidden states"] = states
     tape = measuring_bytes(model, recipe, measured) if backward else 0
+    parts = _memory(model, recipe, plan, device)
+    parts["hidden states"] = states
+    if device.type == "cuda":
+        if any(stage.original for stage in recipe.stages):
+            # what the next block of the original gets
+            parts["hidden states"] += tokens * width * model.dtype.itemsize
+        before = _measuring(model, recipe, plan, device, tape) if measured else {}
+        parts = max(parts, before, key=lambda found: sum(found.values()))
+    ahead = model.dtype.itemsize * max(_weights(model))
     return Effort(
         memory=sum(parts.values()),
         disk=nbytes + max(states, tape),
         seconds=_seconds(model, recipe, plan, nbytes, tokens, some, device),
         parts=parts,
+        host=HOST + ahead if device.type == "cuda" else 0,
     )
 
 
-def _memory(
-    model: Model, recipe: Recipe, plan: Plan, device: torch.device, measured: bool
-) -> dict[str, int]:
+def _memory(model: Model, recipe: Recipe, plan: Plan, device: torch.device) -> dict[str, int]:
     """Bytes by what they are for, at the block that takes most."""
     gpu = device.type == "cuda"
     blocks = [_block(model, recipe, plan, index, device) for index in range(model.blocks)]
@@ -102,7 +111,7 @@ def _memory(
     outer = sum(math.prod(shape) for shape in model.outer_shapes.values())
     if gpu:  # on a CPU they are mapped from the source
         parts["embedding and head"] = outer * model.dtype.itemsize
-        _on_gpu(parts, model, recipe, rows * model.dtype.itemsize, device, measured)
+        _on_gpu(parts, model, recipe, plan, rows * model.dtype.itemsize, device)
     return parts
 
 
@@ -110,24 +119,23 @@ def _on_gpu(
     parts: dict[str, int],
     model: Model,
     recipe: Recipe,
+    plan: Plan,
     row: int,
     device: torch.device,
-    measured: bool,
 ) -> None:
     """Correct the parts for what a GPU does otherwise; row: bytes of a batch for each column."""
-    numel = max(math.prod(shape) for shape in model.shapes.values())
     wide = max(shape[1] for shape in model.shapes.values())
     drifts = any(stage.original for stage in recipe.stages)
-    most = max(1, stack_bytes(device) // (ROW_BYTES * numel))  # candidates swept together
     if parts["factorisation"]:
-        most_factor, left = (CORRECTION, LEFT + 4) if drifts else (DEVICE_FACTOR, LEFT)
-        tries = len(candidates(recipe)) if measured else 1
-        groups = (list(group.layers.values()) for group in model.groups(0))
-        swept = max(together([model.shapes[name] for name in group], device) for group in groups)
-        parts["rounding"] = ROW_BYTES * max(numel * min(tries, most), swept)
-        alone = parts["rounding"] < (most_factor - left) * wide**2
-        parts["factorisation"] = (most_factor if alone else left) * wide**2
-        parts["rounding"] *= not alone  # the larger of the two, which follow one another
+        most, left = (CORRECTION, LEFT + 4) if drifts else (DEVICE_FACTOR, LEFT)
+        found = []
+        for shapes in _rounded(model, plan):
+            square = shapes[0][1] ** 2
+            swept = ROW_BYTES * together(shapes, device)
+            # one follows the other
+            alone = most * square > left * square + swept
+            found.append((most * square, 0) if alone else (left * square, swept))
+        parts["factorisation"], parts["rounding"] = max(found, key=sum)
         # inputs are copied for the sums; those of the original wait for the block's own
         parts["activations of a batch"] += row * wide * (2 if drifts else 1)
     first, second = ("factorisation", "rounding"), ("activations of a batch",)
@@ -136,13 +144,49 @@ def _on_gpu(
         parts[name] = 0  # the others are there at another time, and larger
 
 
+def _measuring(
+    model: Model, recipe: Recipe, plan: Plan, device: torch.device, tape: int
+) -> dict[str, int]:
+    """Bytes on a GPU while all candidates of a layer are tried, in the walk before the other."""
+    found = []
+    for shapes in _rounded(model, plan):
+        numel = max(math.prod(shape) for shape in shapes)
+        most = max(1, stack_bytes(device) // (ROW_BYTES * numel))  # candidates swept together
+        tries = min(len(candidates(recipe)), most)
+        found.append((MEASURING * shapes[0][1] ** 2, CANDIDATE * numel * tries))
+    parts = {
+        "weights of a block": BLOCK * max(_weights(model)),
+        "statistics": 0,
+        "hidden states": tape,
+    }
+    parts["factorisation"], parts["rounding"] = max(found, key=sum, default=(0, 0))
+    return parts
+
+
+def _rounded(model: Model, plan: Plan) -> list[list[tuple[int, int]]]:
+    """Shapes of the layers of every group of which any is rounded; of like blocks' once."""
+    found = []
+    for index in range(model.blocks):
+        for group in model.groups(index):
+            if any(not plan.targets[name].kept for name in group.layers.values()):
+                shapes = [model.shapes[name] for name in group.layers.values()]
+                if shapes not in found:
+                    found.append(shapes)
+    return found
+
+
 def _tuned(model: Model, stage: Stage) -> int:
     """Most weights that a stage tunes at a time."""
-    sizes = [
+    sizes = _weights(model)
+    return sum(sizes) if stage.whole else stage.window[0] * max(sizes)
+
+
+def _weights(model: Model) -> list[int]:
+    """Of the layers of each block."""
+    return [
         sum(math.prod(model.shapes[x]) for group in model.groups(i) for x in group.layers.values())
         for i in range(model.blocks)
     ]
-    return sum(sizes) if stage.whole else stage.window[0] * max(sizes)
 
 
 def _walk(recipe: Recipe, tokens: int, own: int = 0) -> int:

@@ -114,7 +114,8 @@ def check_needs(
         )
     free = free_bytes(device)
     word = "of" if need.memory <= free else "but only"
-    report(f"memory: about {need.memory:,} bytes needed, {word} {free:,} free")
+    beside = f"; {need.host:,} of RAM beside" if need.host else ""
+    report(f"memory: about {need.memory:,} bytes needed, {word} {free:,} free{beside}")
 
 
 def nonfinite(model: Model, allow: Allow) -> list[str]:
