@@ -82,12 +82,13 @@ def known_scores(scratch: Path, name: str) -> list[str]:
 
 def joined(scratch: Path) -> list[str]:
     """--recipe and the default with factors and outliers among its candidates."""
-    grids = [g for g in shipped("aptq")["grids"] if int(g[3]) > 3 or g == "bf16"]
-    low = [f"{grid}{more}" for grid in FEW if int(grid[3]) < 4 for more in ADDED]
+    # all of the default's, or a plan could be worse for want of a grid
+    grids = shipped("aptq")["grids"]
+    low = [f"{g}{more}" for g in FEW if int(g[3]) < 4 for more in ADDED if more]
     known = stages()
     chain = [known["spqr"], known["gptq"], known["eora"]]
     return written(
-        scratch, "parts joint", shipped("aptq") | {"grids": [*low, *grids], "stage": chain}
+        scratch, "parts joint", shipped("aptq") | {"grids": [*grids, *low], "stage": chain}
     )
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import common
+import speed_tables
 
 MARKER = re.compile(r"(<!-- table:([\w.-]+)(?: ([^>]*?))? -->\n).*?(<!-- /table -->)", re.DOTALL)
 TEXTS = {"wikitext2": "WikiText-2", "c4": "C4", "wiki_validation": "wiki validation"}
@@ -214,7 +215,17 @@ KINDS: dict[str, Callable[[dict[str, Any]], Table]] = {
     "memory": memory,
     "greedy": greedy,
     "fits": fits,
+    "parts": allocation,
+    "kernels": speed_tables.kernels,
+    "prefill": speed_tables.prefill,
+    "decode": speed_tables.decode,
+    "throughput": speed_tables.throughput,
+    "phases": speed_tables.phases,
 }
+
+
+SOURCES = {"profile": "compress_time", "steps": "reconstruction"}  # kinds that share a file
+SOURCES |= {"prefill": "kernels", "phases": "throughput"}
 
 
 def markdown(name: str, folder: Path, pattern: str = "") -> str:
@@ -222,7 +233,7 @@ def markdown(name: str, folder: Path, pattern: str = "") -> str:
     kind = name.partition("-")[0]
     if kind not in KINDS:
         raise SystemExit(f"table {name}: no kind {kind!r}; known: {', '.join(KINDS)}")
-    source = name.replace("profile-", "compress_time-").replace("steps-", "reconstruction-")
+    source = SOURCES.get(kind, kind) + name.removeprefix(kind)
     file = folder / f"{source}.json"
     if not file.exists():
         raise SystemExit(f"table {name}: there is no {file}; run the benchmark first")

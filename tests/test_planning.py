@@ -1,5 +1,6 @@
 """From recipe to plan and effort: engines' grids, coupling, minimum bits, what a run will take."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from aptq.core.plan import Plan
 from aptq.core.problem import code_bits
 from aptq.core.scores import Scores
-from aptq.effort import effort
+from aptq.effort import CANDIDATE, _measuring, effort
 from aptq.engine.data import Data
 from aptq.engine.stage import methods
 from aptq.failures import Infeasible
@@ -134,23 +135,25 @@ def test_effort_adds_up_what_the_recipe_does(model: Model, tmp_path: Path) -> No
     assert longer.disk > found.disk
 
 
-def test_the_larger_of_two_walks_is_planned_for(model: Model) -> None:
+def test_the_larger_of_two_walks_is_planned_for(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a GPU: candidates of a layer at once, or statistics, factor and states."""
-    choice = choose(model, recipe("budget = '4bpw'\n", "[[stage]]\nuse = 'rtn'\n"))
-    data = "[data]\nsamples = 64\nlength = 64\n"
-    stage = "[[stage]]\nuse = 'gptq'\n" + data
+    wanted = recipe()
+    choice = choose(model, recipe("", "[[stage]]\nuse = 'rtn'\n"))
 
-    def needs(text: str):  # type: ignore[no-untyped-def]
-        return effort(model, recipe(text, stage), choice.plan, choice.nbytes, CUDA)
+    def needs():  # type: ignore[no-untyped-def]
+        return effort(model, wanted, choice.plan, choice.nbytes, CUDA)
 
-    alone, measured = needs(""), needs("budget = '4bpw'\n")
-    assert alone.parts["rounding"] < measured.parts["rounding"] or measured == alone
-    assert measured.memory >= alone.memory
-    assert measured.memory == sum(measured.parts.values())
-    tape = (model.blocks + 2) * 64 * 64 * 48 * 2
-    assert measured.parts["hidden states"] in (alone.parts["hidden states"], tape)
-    assert alone.host > 1 << 30
-    assert effort(model, recipe("", stage), choice.plan, choice.nbytes, CPU).host == 0
+    before = _measuring(model, wanted, choice.plan, CUDA, 1 << 10)
+    numel = max(math.prod(shape) for shape in model.shapes.values())
+    assert before["rounding"] == CANDIDATE * numel * len(candidates(wanted))
+    assert before["hidden states"] == 1 << 10
+    assert needs().memory >= sum(before.values()) - (1 << 10)
+    monkeypatch.setattr("aptq.effort.measuring_bytes", lambda *_: 10**9)
+    assert needs().memory == sum(before.values()) + 10**9 - (1 << 10)
+    assert needs().host > 1 << 30
+    assert effort(model, wanted, choice.plan, choice.nbytes, CPU).host == 0
 
 
 def test_the_originals_stream_is_counted() -> None:
