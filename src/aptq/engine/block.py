@@ -30,6 +30,9 @@ def _untraced(_path: str) -> AttentionTrace | None:
     raise AssertionError("nothing is watched")
 
 
+TRIMMED = 64 << 20  # bytes of a group's weights from which its memory is given back at once
+
+
 class Block:
     """What stages work on.  `groups` are in forward order; `layers` those the plan compresses."""
 
@@ -236,7 +239,9 @@ class Block:
                 linear.weight.data = layer.dense().to(linear.weight.dtype)
             for stat in layer.stats.values():
                 stat.forget()
-        trim_heap()
+        # it takes milliseconds and waits for the end of the block where little was freed
+        if sum(layer.weight.nbytes for layer in self.open_layers(group)) >= TRIMMED:
+            trim_heap()
         if self.order == "group" and changed:
             self._forget(self._next(group))
 
