@@ -20,7 +20,7 @@ def problem(columns: int = COLUMNS, tokens: int = 400, seed: int = 0) -> tuple[T
     weight = torch.randn(ROWS, columns, generator=generator)
     mix = torch.randn(columns, columns, generator=generator)
     x = torch.randn(tokens, columns, generator=generator) @ (
-        mix * torch.rand(columns) + torch.eye(columns)
+        mix * torch.rand(columns, generator=generator) + torch.eye(columns)
     )
     H = (x.T @ x / tokens).double()
     return weight, H + 0.01 * H.diagonal().mean() * torch.eye(columns)
