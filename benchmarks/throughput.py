@@ -290,7 +290,7 @@ def compress(row: str, options: argparse.Namespace) -> common.Row:
             peaks.now(event.phase)
             ends[event.phase].append(time.perf_counter())
         else:
-            lines.append(event)
+            lines.append(event.replace(f"{options.work}/", ""))
 
     with peaks:
         start = time.perf_counter()
