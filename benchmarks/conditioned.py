@@ -23,6 +23,7 @@ LABELS = {  # label -> (stages, is the text the task's?); none: the original
     "tacq, general": (["tacq", "gptq"], False),
     "tacq, task": (["tacq", "gptq"], True),
 }
+TEXT = "task.txt"
 PROTOCOL = (
     "PIQA's validation items split in two by a seed: questions with right answers of the first "
     "half are the task's text, the second half is asked as in tasks.py; gptq as in recipe aptq; "
@@ -50,7 +51,7 @@ def split(options: argparse.Namespace) -> tuple[Path, Path]:
     items = file.read_text("utf-8").splitlines()
     random.Random(options.draw).shuffle(items)
     half = len(items) // 2
-    text, asked = options.runs / "task.txt", options.runs / "piqa_asked.jsonl"
+    text, asked = options.runs / TEXT, options.runs / "piqa_asked.jsonl"
     known = [json.loads(item) for item in items[:half]]
     lines = [f"{item['question']} {item['choices'][item['label']]}" for item in known]
     text.write_text("\n".join(lines) + "\n", "utf-8")
@@ -77,6 +78,16 @@ def compressed(options: argparse.Namespace, label: str, text: Path) -> tuple[Pat
     return out, {"bpw": summary.read(out).bits}
 
 
+def identity(options: argparse.Namespace, label: str) -> common.Row:
+    """What finds the row of `label`."""
+    names, own = LABELS[label]
+    held = {"file": TEXT if own else "c4_calibration.txt", "window": options.length}
+    held["tokens"] = options.samples * options.length
+    row: common.Row = {"model_sha256": common.sha256_model(options.model)}
+    row |= {"label": f"{options.grid} {label}", "seed": options.draw}
+    return row | {"calibration": held if names else None}
+
+
 def main() -> None:
     options = arguments()
     options.grid = options.grid or "int3-row-z+o0.35%"
@@ -87,7 +98,7 @@ def main() -> None:
         name, device=options.device, protocol=PROTOCOL, folder=options.results
     )
     for label in options.only:
-        row: common.Row = {"label": f"{options.grid} {label}", "seed": options.draw}
+        row = identity(options, label)
         if results.find(row):
             print(f"{label}: already in {results.path.name}")
             continue
@@ -96,7 +107,7 @@ def main() -> None:
             folder, sizes = compressed(options, label, text)
         row |= sizes | tasks.scored(options, folder, [asked], options.items)
         for other, base in (("bf16", "bf16"), ("general", label.replace("task", "general"))):
-            found = results.find({"label": f"{options.grid} {base}", "seed": options.draw})
+            found = results.find(identity(options, base))
             if found and base != label:
                 row[f"against {other}"] = tasks.against(row, found)
         results.append(row)

@@ -20,8 +20,8 @@ BASE = "int3-g64-z"
 RANKS = ("r16", "r32", "r64", "r32@int8-row", "r64@int8-row")
 OUTLIERS = ("o0.25%", "o0.5%", "o1%")
 SMALL = ("2.28125", "2.5", "3.0", "3.5")  # bpw of joint plans
-# beside every grid of FEW below 4 bits; together with their sums
-ADDED = ("", "+r8@int8-row", "+r16@int8-row", "+r32@int8-row", "+o0.25%", "+o0.5%", "+o1%")
+# beside every grid of FEW below 4 bits
+ADDED = ("+r8@int8-row", "+r16@int8-row", "+r32@int8-row", "+o0.25%", "+o0.5%", "+o1%")
 WIDTHS = ("int2-g64-z", "int3-g64-z")
 CIRCUITS = ("int2-row-z+o0.35%", "int3-row-z+o0.35%")
 
@@ -84,7 +84,7 @@ def joined(scratch: Path) -> list[str]:
     """--recipe and the default with factors and outliers among its candidates."""
     # all of the default's, or a plan could be worse for want of a grid
     grids = shipped("aptq")["grids"]
-    low = [f"{g}{more}" for g in FEW if int(g[3]) < 4 for more in ADDED if more]
+    low = [f"{g}{more}" for g in FEW if int(g[3]) < 4 for more in ADDED]
     known = stages()
     chain = [known["spqr"], known["gptq"], known["eora"]]
     return written(

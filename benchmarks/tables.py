@@ -17,6 +17,7 @@ from typing import Any
 
 import common
 import speed_tables
+from speed_tables import Table, number
 
 MARKER = re.compile(r"(<!-- table:([\w.-]+)(?: ([^>]*?))? -->\n).*?(<!-- /table -->)", re.DOTALL)
 TEXTS = {"wikitext2": "WikiText-2", "c4": "C4", "wiki_validation": "wiki validation"}
@@ -30,12 +31,6 @@ ORDER += "|".join(STEPS.values()) + "|"
 
 RATIOS = {"ratio": "ratio", "ratio_saved": "ratio with saving", "ratio_cpu": "ratio of CPU time"}
 RATIOS |= {"ratio_process": "ratio of processes"}
-
-Table = tuple[Sequence[str], list[list[str]]]
-
-
-def number(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
 
 
 def text_name(key: str) -> str:

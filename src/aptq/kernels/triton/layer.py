@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from aptq.core.parts import Part, Quantized
 from aptq.kernels.addends import Factors
 from aptq.kernels.reference import DEVICE_TILE, Kernel
-from aptq.kernels.triton.layout import PLANES, Layout, fields, layout_of, repack
+from aptq.kernels.triton.layout import PLANES, Layout, codes_of, layout_of, repack
 
 DTYPES = (torch.bfloat16, torch.float16)
 GROWTH = 1.2  # storage may grow so at most: 3 bits of 576 columns do, of 4096 nothing grows
@@ -94,9 +94,9 @@ class Fused(Kernel):
         """Rows [n] int64 (any order, repeated too) of the weight: float32 [n, in]."""
         how, columns = self.layout, self.shape[1]
         planes = self.codes.split([how.units(0), how.units(1)])
-        values = fields(planes[0], how, 0, ids)[:, :columns]
+        values = codes_of(planes[0], how, 0, ids)[:, :columns]
         if how.planes[1]:
-            values = (values << how.planes[1]) + fields(planes[1], how, 1, ids)[:, :columns]
+            values = (values << how.planes[1]) + codes_of(planes[1], how, 1, ids)[:, :columns]
         scale, zero = self.scale[:, ids].T.float(), 1 << (how.bits - 1)
         less = torch.full_like(scale, zero) if self.zero is None else self.zero[:, ids].T.float()
         each = how.group or columns

@@ -143,7 +143,7 @@ def _units(values: Tensor, bits: int, chunk: int) -> Tensor:
     return units.to(torch.int16).flatten()
 
 
-def fields(plane: Tensor, layout: Layout, number: int, rows: Tensor) -> Tensor:
+def codes_of(plane: Tensor, layout: Layout, number: int, rows: Tensor) -> Tensor:
     """What `_units` made of some rows [n]: int32 [n, columns and what was padded]."""
     bits = layout.planes[number]
     tiles = plane.view(layout.padded // ROWS, -1, ROWS, layout.chunk)
