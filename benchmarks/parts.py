@@ -18,10 +18,11 @@ from aptq.model.model import Model
 
 BASE = "int3-g64-z"
 RANKS = ("r16", "r32", "r64", "r32@int8-row", "r64@int8-row")
-OUTLIERS = ("o0.25%", "o0.5%", "o1%")
+OUTLIERS = ("+o0.25%", "+o0.5%", "+o1%")
 SMALL = ("2.28125", "2.5", "3.0", "3.5")  # bpw of joint plans
-# beside every grid of FEW below 4 bits
-ADDED = ("+r8@int8-row", "+r16@int8-row", "+r32@int8-row", "+o0.25%", "+o0.5%", "+o1%")
+# beside every grid of FEW below 4 bits, outliers also beside LARGE
+ADDED = ("+r8@int8-row", "+r16@int8-row", "+r32@int8-row", *OUTLIERS)
+LARGE = ("int2-row-z", "int2-g128-z", "int3-row-z", "int3-g128-z")  # one weight spoils much there
 WIDTHS = ("int2-g64-z", "int3-g64-z")
 CIRCUITS = ("int2-row-z+o0.35%", "int3-row-z+o0.35%")
 
@@ -64,8 +65,8 @@ def rank(scratch: Path, model: Path) -> Iterator[Job]:
 def outliers(scratch: Path, model: Path) -> Iterator[Job]:
     """Single weights by several scores, and the same bytes spent on bits."""
     for added in OUTLIERS:
-        text = f"{BASE}+{added}"
-        for name in ("spqr", "gwq", "tacq") if added == "o0.5%" else ("spqr",):
+        text = f"{BASE}{added}"
+        for name in ("spqr", "gwq", "tacq") if added == "+o0.5%" else ("spqr",):
             yield f"{text} by {name}", [*recipe(scratch, name, "gptq"), "--grid", text]
         yield _bits(scratch, model, text)
 
@@ -85,6 +86,7 @@ def joined(scratch: Path) -> list[str]:
     # all of the default's, or a plan could be worse for want of a grid
     grids = shipped("aptq")["grids"]
     low = [f"{g}{more}" for g in FEW if int(g[3]) < 4 for more in ADDED]
+    low += [f"{g}{more}" for g in LARGE for more in OUTLIERS]
     known = stages()
     chain = [known["spqr"], known["gptq"], known["eora"]]
     return written(
