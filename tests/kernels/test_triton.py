@@ -9,8 +9,9 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from aptq.kernels.dispatch import prepare
 from aptq.kernels.reference import Reference, Tiled
 from aptq.kernels.triton import tuning
 from aptq.kernels.triton.layer import GROWTH, ROWS, Fused, held
-from aptq.kernels.triton.layout import PLANES, Layout, layout_of, repack
+from aptq.kernels.triton.layout import BITS, Layout, layout_of, repack
 from aptq.kernels.triton.tuning import Setting
 from tests.kernels.samples import randn, sample
 
@@ -82,7 +83,7 @@ def off(y: Tensor, x: Tensor, part: Quantized, bias: Tensor | None = None) -> fl
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("group", GROUPS)
-@pytest.mark.parametrize("bits", PLANES)
+@pytest.mark.parametrize("bits", BITS)
 def test_products(bits: int, group: str, suffix: str, device: str) -> None:
     number = bits + 3 * GROUPS.index(group) + SUFFIXES.index(suffix)
     if number % 2:  # interpreting and compiling take a second or two each
@@ -192,13 +193,12 @@ def test_the_operators_tell_their_shapes(device: str) -> None:
 
 
 def test_layouts_hold_what_they_say() -> None:
-    for text in ("int2-g128", "int3-g64-z", "int4-g32-fz", "int5-row", "int6-g96-z", "int8-g128"):
+    for text in ("int2-g128", "int3-g64-z", "int4-g32-fz", "int5-row", "int6-g96-z", "int7-g64", "int8-g128"):
         part = sample(text, 49, 1536)
         assert isinstance(part, Quantized)
         layout = layout_of(part.grid, part.shape)
         buffers = [t for t in repack(part, layout) if t is not None]
         assert sum(t.nbytes for t in buffers) == layout.nbytes + 4 * layout.counters
-        assert layout.units(0) % 8 == 0  # the lower plane starts at 16 bytes
         big = layout_of(part.grid, (4096, 4096))
         assert big.nbytes <= 1.03 * part.grid.nbytes((4096, 4096)), text
         assert big.block <= 512
@@ -213,7 +213,7 @@ def test_layouts_hold_what_they_say() -> None:
         ("int3-g64-z", (192, 576), True),
         ("int4-row-fz", (64, 128), True),
         ("int4-row-fz", (64, 96), False),  # a third more columns would be stored
-        ("int7-g128", (256, 512), False),  # 4 + 3 bits: no unit of 16 holds 3-bit fields
+        ("int7-g128", (256, 512), True),
         ("int4-g48", (256, 480), False),
         ("int4-g16", (256, 512), False),
         ("int4-g64", (256, 520), False),
@@ -262,31 +262,51 @@ def executed(asm: str, operands: list[int], dtype: torch.dtype) -> float:
     raise AssertionError(asm)
 
 
-@pytest.mark.parametrize("bf16", [True, False])
-@pytest.mark.parametrize(
-    ("high", "low", "up"), [(2, 0, 0), (2, 1, 0), (4, 0, 0), (4, 1, 0), (4, 2, 0), (4, 0, 4)]
-)
-def test_the_ptx_decodes_every_field(high: int, low: int, up: int, bf16: bool) -> None:
+def block_of(bits: int, numbers: list[int]) -> list[int]:
+    """A block's units, put together bit by bit as layout.py says."""
+    width, fields = layout_of(sample(f"int{bits}-g32", 16, 32).grid, (16, 32)).units, 16 // bits  # type: ignore[attr-defined]
+    direct = numbers[: width * fields]
+    units = [
+        sum(code << place * bits for place, code in enumerate(direct[u * fields :][:fields]))
+        for u in range(width)
+    ]
+    stream = sum(code << i * bits for i, code in enumerate(numbers[width * fields :]))
+    free = 16 % bits
+    return [
+        unit | (stream >> u * free & (1 << free) - 1) << 16 - free for u, unit in enumerate(units)
+    ]
+
+
+def python(name: str) -> Callable[..., Any]:
     from aptq.kernels.triton import fields
 
+    found = getattr(fields, name)
+    return getattr(found, "fn", found)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize("spread", [True, False])
+@pytest.mark.parametrize("bits", BITS)
+def test_the_ptx_decodes_every_field(bits: int, spread: bool, bf16: bool) -> None:
     dtype = torch.bfloat16 if bf16 else torch.float16
-    plain = getattr(fields.asm, "fn", fields.asm)
-    negative = getattr(fields.negative, "fn", fields.negative)
+    asm, offset, negative, sources = map(python, ("asm", "offset", "negative", "sources"))
     assert number(negative(131, bf16), dtype) == -131
-    step = 2 ** (high + low + up)
-    half, whole = negative(step + step // 2, bf16), negative(step, bf16)
-    for unit, other in ((0x0000, 0xFFFF), (0xFFFF, 0x1B2D), (0x1B2D, 0x9A5C), (0xE4D2, 0x0000)):
-        for place in range(16 // (low or high)):
-            field = place % (16 // high)
-            value = (unit >> field * high & (1 << high) - 1) << low + up
-            units = [unit]
-            if low:
-                value += other >> place * low & (1 << low) - 1
-                units.append(other)
-            asm = [plain(field, high, place, low, up, bf16, less) for less in (half, 0, -1)]
-            assert executed(asm[0], units, dtype) == value - step / 2
-            assert executed(asm[1], [*units, whole], dtype) == value
-            assert executed(asm[2], units, dtype) == value + step
+    count = python("codes_of")(bits)
+    for seed in range(4):
+        every = [hash((seed, i)) % (1 << bits) if seed else (1 << bits) - 1 for i in range(count)]
+        units = block_of(bits, every)
+        for code, value in enumerate(every):
+            first, many = sources(bits, code)
+            given = units[first : first + many]
+            for half in (1, 2) if bits == 8 else (0,):
+                held = value if not half else value & 15 if half == 1 else value >> 4 << 4
+                more = offset(bits, code, half, spread)
+                what = (bits, code, half, spread, bf16)
+                less = negative(more, bf16)
+                assert executed(asm(*what, -1), given, dtype) == held + more
+                assert executed(asm(*what, 0), [*given, less], dtype) == held
+                assert executed(asm(*what, less), given, dtype) == held
+                assert spread or more == offset(bits, 0, half, spread)
 
 
 COMPILE = """
@@ -294,7 +314,6 @@ import sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from aptq.kernels.triton import code
-from aptq.kernels.triton.layout import PLANES
 for text in sys.argv[1:]:
     bits, zero, batch, warps = map(int, text.split(","))
     names = ("x", "codes", "counts", "scale", "zero", "bias", "parts", "inner")
@@ -302,8 +321,8 @@ for text in sys.argv[1:]:
     names = (*names, "left", "right", "sums", "y", "flags")
     types = (*types, "bf16", "fp32", "bf16", "bf16", "bf16", "fp32", "bf16", "i32")
     kinds = {name: f"*{type}" for name, type in zip(names, types, strict=True)}
-    sizes = ("heads", "lower", "rows", "out", "columns", "padded", "per")
-    fixed = dict(HIGH=PLANES[bits][0], LOW=PLANES[bits][1], CHUNK=32, GROUP=128, ZERO=zero,
+    sizes = ("heads", "runs", "rows", "out", "columns", "padded", "per")
+    fixed = dict(BITS=bits, CHUNK=32, GROUP=128, ZERO=zero,
                  BIAS=True, RANK=0, EVEN=zero == 0, BN=64, BB=batch, SPLIT=True,
                  BK=128, RUNS=8, ASM=True)
     whole = {(i,): [["tt.divisibility", 16]] for i in (*range(13), 14, 16, 17, 18)}
@@ -336,7 +355,7 @@ def test_kernels_compile_for_hopper_s_matrix_units() -> None:
 
 @pytest.mark.slow
 def test_all_kernels_compile() -> None:
-    wanted = [f"{b},{z},{n},4" for b in PLANES for z in (0, 1, 2) for n in (8, 64)]
+    wanted = [f"{b},{z},{n},4" for b in BITS for z in (0, 1, 2) for n in (8, 64)]
     assert len(compiled(wanted)) == len(wanted)
 
 
@@ -358,11 +377,11 @@ def test_settings_are_kept(tmp_path: Path) -> None:
     [
         "{",
         "[]",
-        '{"version": 2}',
-        '{"version": 2, "settings": {"a": [64, 8, 3, 4, 1]}}',
-        '{"version": 2, "settings": {"a": [64, 8, 2, 4]}}',
-        '{"version": 2, "settings": {"a": [64, 8, 2, -4, 1]}}',
-        '{"version": 2, "settings": {"a": ["64", 8, 2, 4, 1]}}',
+        '{"version": 3}',
+        '{"version": 3, "settings": {"a": [64, 8, 3, 4, 1]}}',
+        '{"version": 3, "settings": {"a": [64, 8, 2, 4]}}',
+        '{"version": 3, "settings": {"a": [64, 8, 2, -4, 1]}}',
+        '{"version": 3, "settings": {"a": ["64", 8, 2, 4, 1]}}',
     ],
 )
 def test_a_damaged_file_of_settings_is_not_used(text: str, tmp_path: Path) -> None:

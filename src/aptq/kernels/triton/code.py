@@ -10,54 +10,64 @@ meet the scales there.
 import triton
 import triton.language as tl
 
-from aptq.kernels.triton.fields import common, numbers
+from aptq.kernels.triton.fields import codes_of, common, numbers, offset, units_of
 
 FEW = tl.constexpr(16)  # rows of x from which constants are taken off every weight, not off sums
 
 
 @triton.jit
 def _multiplied(
-    part, high, low, zero, xs, FIELD: tl.constexpr, HIGH: tl.constexpr, OTHER: tl.constexpr,
-    LOW: tl.constexpr, SUMS: tl.constexpr, ZERO: tl.constexpr, D: tl.constexpr, ASM: tl.constexpr,
+    part, units, zero, xs, CODE: tl.constexpr, BITS: tl.constexpr, SUMS: tl.constexpr,
+    ZERO: tl.constexpr, D: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """part + weights @ xs: a chunk of columns, in two products at 8 bits.
 
-    The weights are codes less their zeros, or with SUMS codes plus `_more`.
+    The weights are codes less their zeros, or with SUMS codes plus offsets.
     """
-    ALL: tl.constexpr = 1 << (HIGH + LOW)
-    if HIGH + LOW < 8:
-        LESS: tl.constexpr = -1 if SUMS else 0 if ZERO == 1 else ALL + ALL // 2
-        less = (-(zero.to(tl.int32) + ALL)).to(tl.float32).to(D)[:, None] if LESS == 0 else 0
-        w = numbers(high, low, less, FIELD, HIGH, OTHER, LOW, 0, LESS, D, ASM)
-        part = tl.dot(w, xs, part)
-    else:
-        FIRST: tl.constexpr = -1 if SUMS else 0 if ZERO == 1 else ALL + ALL // 2
-        SECOND: tl.constexpr = -1 if SUMS else 0 if ZERO == 1 else 1 << LOW
-        less, more = 0, 0
-        if FIRST == 0:
-            less = (-((zero.to(tl.int32) >> LOW << LOW) + ALL)).to(tl.float32).to(D)[:, None]
-            more = (zero.to(tl.int32) & ((1 << LOW) - 1)) + (1 << LOW)
-            more = (-more).to(tl.float32).to(D)[:, None]
-        w = numbers(high, 0, less, FIELD, HIGH, 0, 0, LOW, FIRST, D, ASM)
-        part = tl.dot(w, xs, part)
-        part = tl.dot(numbers(low, 0, more, OTHER, LOW, 0, 0, 0, SECOND, D, ASM), xs, part)
+    SPREAD: tl.constexpr = ZERO == 0
+    FIRST: tl.constexpr = 1 if BITS == 8 else 0
+    OWN: tl.constexpr = offset(BITS, CODE, FIRST, SPREAD)
+    # of a symmetric grid the middle goes off with the upper half
+    MIDDLE: tl.constexpr = 0 if BITS == 8 else 1 << (BITS - 1)
+    LESS: tl.constexpr = -1 if SUMS else 0 if ZERO == 1 else OWN + MIDDLE
+    less = 0
+    if LESS == 0:
+        low = zero.to(tl.int32) & 15 if BITS == 8 else zero.to(tl.int32)
+        less = (-(low + OWN)).to(tl.float32).to(D)[:, None]
+    w = numbers(units, less, BITS, CODE, FIRST, SPREAD, LESS, D, ASM)
+    part = tl.dot(w, xs, part)
+    if BITS == 8:
+        UPPER: tl.constexpr = offset(BITS, CODE, 2, SPREAD)
+        MORE: tl.constexpr = -1 if SUMS else 0 if ZERO == 1 else UPPER + 128
+        if MORE == 0:
+            less = (-((zero.to(tl.int32) >> 4 << 4) + UPPER)).to(tl.float32).to(D)[:, None]
+        part = tl.dot(numbers(units, less, BITS, CODE, 2, SPREAD, MORE, D, ASM), xs, part)
     return part
 
 
+@triton.constexpr_function
+def surplus(bits, code, zero):
+    """What numbers have more than codes, with a symmetric grid more than weights."""
+    halves = (1, 2) if bits == 8 else (0,)
+    found = sum(offset(bits, code, half, not zero) for half in halves)
+    return found if zero else found + (1 << bits - 1)
+
+
+@triton.constexpr_function
+def counted(bits, code, zero):
+    """What x is multiplied by for `total`: what numbers of a symmetric grid have too much, or 1."""
+    return 1 if zero else surplus(bits, code, zero)
+
+
 @triton.jit
-def _scaled(
-    part, total, scale, zero, HIGH: tl.constexpr, LOW: tl.constexpr, SUMS: tl.constexpr,
-    ZERO: tl.constexpr,
-):  # fmt: skip
-    """Sums of numbers * x, and of x, both [BN, BB] -> sums of weight * x."""
+def _less(part, total, zero, BITS: tl.constexpr, SUMS: tl.constexpr, ZERO: tl.constexpr):
+    """Sums of numbers * x -> sums of (code - zero) * x, all [BN, BB]; total as `_block` makes it."""
     if SUMS:
-        BITS: tl.constexpr = HIGH + LOW
-        more = (1 << BITS) + (1 << LOW if BITS == 8 else 0)
         if ZERO:
-            part -= (zero.to(tl.float32) + more)[:, None] * total
+            part -= (zero.to(tl.float32) + surplus(BITS, 0, ZERO))[:, None] * total
         else:
-            part -= (more + (1 << (BITS - 1))) * total
-    return part * scale.to(tl.float32)[:, None]
+            part -= total
+    return part
 
 
 @triton.jit
@@ -74,40 +84,38 @@ def _factors(place, scale_at, zero_at, columns, padded, GROUP: tl.constexpr, BLO
 
 @triton.jit
 def _block(
-    acc, total, factors, place, x_at, high_at, low_at, known, columns,
-    HIGH: tl.constexpr, LOW: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
-    ZERO: tl.constexpr, SUMS: tl.constexpr, EVEN: tl.constexpr, D: tl.constexpr, ASM: tl.constexpr,
+    acc, factors, place, x_at, codes_at, runs, known, columns, BITS: tl.constexpr,
+    CHUNK: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, SUMS: tl.constexpr,
+    EVEN: tl.constexpr, D: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Add block `place` of all columns to acc and total [BN, BB], which are returned.
-
-    acc is scaled but where GROUP is 0, total sums x since the last scale.
-    """
-    FIELDS: tl.constexpr = 16 // HIGH
-    TILES: tl.constexpr = HIGH // LOW if LOW else 1  # of the upper plane in a block
-    BLOCK: tl.constexpr = TILES * FIELDS * CHUNK
+    """acc [BN, BB] and the products of block `place` of all columns, scaled but where GROUP is 0."""
+    UNITS: tl.constexpr = units_of(BITS)
+    CODES: tl.constexpr = codes_of(BITS)
+    BLOCK: tl.constexpr = CODES * CHUNK
     SHARED: tl.constexpr = common(GROUP, BLOCK) if GROUP else BLOCK
-    low = tl.load(low_at + place * (16 * CHUNK)) if LOW else 0
-    part = acc
-    for c in tl.static_range(TILES * FIELDS):
+    units = ()
+    for unit in tl.static_range(UNITS):
+        run = place * UNITS + unit
+        # of the last block only what holds columns is stored
+        run = run if EVEN else tl.minimum(run, runs - 1)
+        units = units + (tl.load(codes_at + run * (16 * CHUNK)),)  # noqa: RUF005
+    part, total = tl.zeros_like(acc), tl.zeros_like(acc)
+    for c in tl.static_range(CODES):
         k = place * BLOCK + c * CHUNK
-        if c % FIELDS == 0:
-            run = tl.minimum(place * TILES + c // FIELDS, tl.cdiv(columns, FIELDS * CHUNK) - 1)
-            high = tl.load(high_at + run * (16 * CHUNK))
-        factor, offset = factors[c * CHUNK // SHARED]
-        if GROUP and (c * CHUNK) % SHARED == 0:
-            part, total = tl.zeros_like(acc), tl.zeros_like(total)
+        factor, zero = factors[c * CHUNK // SHARED]
+        if (c * CHUNK) % SHARED == 0:
+            part, total = tl.zeros_like(acc), tl.zeros_like(acc)
         xs = tl.load(x_at + k, mask=known if EVEN else known & (k < columns), other=0.0)
         if not ASM:
             xs = xs.to(tl.float32)
-        part = _multiplied(
-            part, high, low, offset, xs, c % FIELDS, HIGH, c, LOW, SUMS, ZERO, D, ASM
-        )
+        part = _multiplied(part, units, zero, xs, c, BITS, SUMS, ZERO, D, ASM)
         if SUMS:
-            ones = tl.full([acc.shape[0], CHUNK], 1.0, xs.dtype)
+            ones = tl.full([acc.shape[0], CHUNK], counted(BITS, c, ZERO), xs.dtype)
             total = tl.dot(ones, xs, total)
-        if GROUP and (c * CHUNK + CHUNK) % SHARED == 0:
-            acc += _scaled(part, total, factor, offset, HIGH, LOW, SUMS, ZERO)
-    return (acc if GROUP else part), total
+        if (c * CHUNK + CHUNK) % SHARED == 0:
+            part = _less(part, total, zero, BITS, SUMS, ZERO)
+            acc += part * factor.to(tl.float32)[:, None] if GROUP else part
+    return acc
 
 
 @triton.jit
@@ -193,37 +201,34 @@ def _finish(
 
 @triton.jit
 def _tile(
-    x, codes, counts, scale, zero, bias, inner, left, sums, y, flag, heads, lower, rows, out,
-    columns, padded, per, HIGH: tl.constexpr, LOW: tl.constexpr, CHUNK: tl.constexpr,
-    GROUP: tl.constexpr, ZERO: tl.constexpr, BIAS: tl.constexpr, RANK: tl.constexpr,
-    EVEN: tl.constexpr, BN: tl.constexpr, BB: tl.constexpr, SPLIT: tl.constexpr,
-    ASM: tl.constexpr,
+    x, codes, counts, scale, zero, bias, inner, left, sums, y, flag, heads, runs, rows, out,
+    columns, padded, per, BITS: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
+    ZERO: tl.constexpr, BIAS: tl.constexpr, RANK: tl.constexpr, EVEN: tl.constexpr,
+    BN: tl.constexpr, BB: tl.constexpr, SPLIT: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """What `multiply` does in the programs behind the first `heads`."""
     D: tl.constexpr = x.dtype.element_ty
-    RUN: tl.constexpr = 16 // HIGH * CHUNK
-    BLOCK: tl.constexpr = 16 // LOW * CHUNK if LOW else RUN
+    BLOCK: tl.constexpr = codes_of(BITS) * CHUNK
     # above 16 rows of x a second product costs more than one operation for every two weights
     SUMS: tl.constexpr = BB <= FEW or ZERO == 2
     tile, first = tl.program_id(0) - heads, tl.program_id(1) * per
     n, b = tile * BN + tl.arange(0, BN), tl.program_id(2) * BB + tl.arange(0, BB)
     known, row, blocks = (b < rows)[None, :], tl.minimum(n, padded - 1), tl.cdiv(columns, BLOCK)
-    place = (row % 16 * CHUNK)[:, None] + tl.arange(0, CHUNK)[None, :]
-    high_at = codes + (row // 16 * (tl.cdiv(columns, RUN) * 16 * CHUNK))[:, None] + place
-    low_at = codes + lower + (row // 16 * (blocks * 16 * CHUNK))[:, None] + place
+    codes_at = codes + (row // 16 * (runs * 16 * CHUNK) + row % 16 * CHUNK)[:, None]
+    codes_at += tl.arange(0, CHUNK)[None, :]
     x_at = x + (b * columns)[None, :] + tl.arange(0, CHUNK)[:, None]
-    acc, total = tl.zeros([BN, BB], tl.float32), tl.zeros([BN, BB], tl.float32)
+    acc = tl.zeros([BN, BB], tl.float32)
     factors = _factors(first, scale + row, zero + row, columns, padded, GROUP, BLOCK)
     for block in range(first, tl.minimum(first + per, blocks)):
         # read a block ahead: whoever waits for a scale waits for memory
         later = _factors(block + 1, scale + row, zero + row, columns, padded, GROUP, BLOCK)
-        acc, total = _block(
-            acc, total, factors, block, x_at, high_at, low_at, known, columns,
-            HIGH, LOW, CHUNK, GROUP, ZERO, SUMS, EVEN, D, ASM,
+        acc = _block(
+            acc, factors, block, x_at, codes_at, runs, known, columns, BITS, CHUNK, GROUP, ZERO,
+            SUMS, EVEN, D, ASM,
         )  # fmt: skip
         factors = later
     if GROUP == 0:
-        acc = _scaled(acc, total, factors[0][0], factors[0][1], HIGH, LOW, SUMS, ZERO)
+        acc *= factors[0][0].to(tl.float32)[:, None]
     at, held, last = b[None, :] * out + n[:, None], known & (n < out)[:, None], True
     if SPLIT:
         counter = counts + tl.program_id(2) * (tl.num_programs(0) - heads) + tile
@@ -234,15 +239,15 @@ def _tile(
 
 @triton.jit(do_not_specialize=["heads", "rows", "per"])
 def multiply(
-    x, codes, counts, scale, zero, bias, parts, inner, left, right, sums, y, flags, heads, lower,
-    rows, out, columns, padded, per, HIGH: tl.constexpr, LOW: tl.constexpr, CHUNK: tl.constexpr,
-    GROUP: tl.constexpr, ZERO: tl.constexpr, BIAS: tl.constexpr, RANK: tl.constexpr,
-    EVEN: tl.constexpr, BN: tl.constexpr, BB: tl.constexpr, SPLIT: tl.constexpr,
-    BK: tl.constexpr, RUNS: tl.constexpr, ASM: tl.constexpr,
+    x, codes, counts, scale, zero, bias, parts, inner, left, right, sums, y, flags, heads, runs,
+    rows, out, columns, padded, per, BITS: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
+    ZERO: tl.constexpr, BIAS: tl.constexpr, RANK: tl.constexpr, EVEN: tl.constexpr,
+    BN: tl.constexpr, BB: tl.constexpr, SPLIT: tl.constexpr, BK: tl.constexpr, RUNS: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
     """y [rows, out] = x [rows, columns] @ (weight.T + right.T @ left) + bias.
 
-    codes from `lower` on are the lower plane; ZERO 0 none, 1 whole, 2 real; GROUP 0: a whole row;
+    codes hold `runs` times CHUNK units a row; ZERO 0 none, 1 whole, 2 real; GROUP 0: a whole row;
     EVEN: all blocks are full.  SPLIT: programs take `per` blocks each, leave their sums in `sums`
     [splits, rows, out], and the last of a tile, known by `counts` (zeros before and after), adds
     them up.  Unless RANK is 0 the first `heads` programs make inner [rows, RANK] = x @
@@ -256,13 +261,13 @@ def multiply(
                 _narrow(x, right, parts, inner, flag, heads, rows, columns, RANK, BB, BK, RUNS, ASM)
         else:
             _tile(
-                x, codes, counts, scale, zero, bias, inner, left, sums, y, flag, heads, lower, rows,
-                out, columns, padded, per, HIGH, LOW, CHUNK, GROUP, ZERO, BIAS, RANK, EVEN, BN, BB,
+                x, codes, counts, scale, zero, bias, inner, left, sums, y, flag, heads, runs, rows,
+                out, columns, padded, per, BITS, CHUNK, GROUP, ZERO, BIAS, RANK, EVEN, BN, BB,
                 SPLIT, ASM,
             )  # fmt: skip
     else:
         _tile(
-            x, codes, counts, scale, zero, bias, inner, left, sums, y, flag, 0, lower, rows, out,
-            columns, padded, per, HIGH, LOW, CHUNK, GROUP, ZERO, BIAS, RANK, EVEN, BN, BB, SPLIT,
+            x, codes, counts, scale, zero, bias, inner, left, sums, y, flag, 0, runs, rows, out,
+            columns, padded, per, BITS, CHUNK, GROUP, ZERO, BIAS, RANK, EVEN, BN, BB, SPLIT,
             ASM,
         )  # fmt: skip

@@ -86,8 +86,8 @@ def run(
     with torch.cuda.device_of(x):
         code.multiply[heads + tiles, splits, batches](
             x, codes, counts, scale, offset, last, parts, inner, left, right, sums, y,
-            counts[layout.tiles :], heads, layout.units(0), rows, out, layout.columns,
-            layout.padded, per, *layout.planes, layout.chunk, layout.group, layout.zero,
+            counts[layout.tiles :], heads, layout.runs, rows, out, layout.columns,
+            layout.padded, per, layout.bits, layout.chunk, layout.group, layout.zero,
             bias is not None, rank, layout.columns % layout.block == 0, setting.rows,
             setting.batch, splits > 1, NARROW, RUNS, not INTERPRETED,
             num_warps=setting.warps, num_stages=setting.stages,
@@ -111,8 +111,8 @@ def expand(
     grid = (how.columns // how.chunk, triton.cdiv(stop - start, EXPANDED))
     with torch.cuda.device_of(like):
         fields.expand[grid](
-            codes, scale, scale if zero is None else zero, y, how.units(0), start, stop,
-            how.columns, how.padded, *how.planes, how.chunk, how.group, how.zero, EXPANDED,
+            codes, scale, scale if zero is None else zero, y, how.runs, start, stop,
+            how.columns, how.padded, how.bits, how.chunk, how.group, how.zero, EXPANDED,
         )  # fmt: skip
     return y
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from aptq.core.parts import Part, Quantized
 from aptq.kernels.addends import Factors
 from aptq.kernels.reference import DEVICE_TILE, Kernel
-from aptq.kernels.triton.layout import PLANES, Layout, codes_of, layout_of, repack
+from aptq.kernels.triton.layout import BITS, Layout, codes_of, layout_of, repack
 
 DTYPES = (torch.bfloat16, torch.float16)
 GROWTH = 1.2  # storage may grow so at most: 3 bits of 576 columns do, of 4096 nothing grows
@@ -18,7 +18,7 @@ ROWS = 192  # from so many rows on decoding the weight once and a dense product 
 
 
 class Fused(Kernel):
-    """Codes of 2, 3, 4, 5, 6 or 8 bits in the order of layout.py, multiplied as they are.
+    """Codes of 2 to 8 bits in the order of layout.py, multiplied as they are.
 
     Sums of products of whole numbers are float32 and scaled afterwards, so the weights that are
     multiplied are exact; only y is rounded.
@@ -93,10 +93,7 @@ class Fused(Kernel):
     def rows(self, ids: Tensor) -> Tensor:
         """Rows [n] int64 (any order, repeated too) of the weight: float32 [n, in]."""
         how, columns = self.layout, self.shape[1]
-        planes = self.codes.split([how.units(0), how.units(1)])
-        values = codes_of(planes[0], how, 0, ids)[:, :columns]
-        if how.planes[1]:
-            values = (values << how.planes[1]) + codes_of(planes[1], how, 1, ids)[:, :columns]
+        values = codes_of(self.codes, how, ids)[:, :columns]
         scale, zero = self.scale[:, ids].T.float(), 1 << (how.bits - 1)
         less = torch.full_like(scale, zero) if self.zero is None else self.zero[:, ids].T.float()
         each = how.group or columns
@@ -108,7 +105,7 @@ def held(part: Quantized) -> Layout | None:
     """The layout of a part that the kernels can hold, in memory that hardly grows."""
     grid, (out, columns) = part.grid, part.shape
     group = grid.group if grid.group < columns else 0
-    if grid.special or grid.bits not in PLANES or columns % 32 or group % 32 or not out:
+    if grid.special or grid.bits not in BITS or columns % 32 or group % 32 or not out:
         return None
     layout = layout_of(grid, part.shape)
     return layout if layout.nbytes <= GROWTH * part.nbytes else None

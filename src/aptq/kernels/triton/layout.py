@@ -1,19 +1,20 @@
-"""How codes lie in memory for the GPU kernels: bit planes of 16-bit units, tile after tile.
+"""How codes lie in memory for the GPU kernels: whole codes in 16-bit units, tile after tile.
 
-A code of 3, 5, 6 or 8 bits is split into an upper and a lower plane (2+1, 4+1, 4+2, 4+4), so that
-every plane has 1, 2 or 4 bits and 16 / bits codes, its fields, fill a 16-bit unit.  Nothing is
-lost by it: a plane takes exactly its bits.
+A unit holds 16 // bits codes, its fields.  Where they leave bits free (one of 3 and 5 bits, four of
+6, two of 7), as many units as fill up hold the last codes of a block in those: 3 units have 5 codes
+of 3 bits each and a sixteenth in three spare bits.  Every code takes exactly its bits.
 
-The fields of one unit belong to columns that lie `chunk` apart: of a run of fields * chunk
-columns, field f of unit u is column f * chunk + u.  One shift and one mask of a register with two
-units therefore give two weights that are neighbours in the same chunk of columns, which is the
-order in which the matrix units want them, and a chunk reads a contiguous piece of the activations.
-Of each plane 16 rows by `chunk` units are stored together, then the same rows' next run of
-columns: a block of rows streams through contiguous memory in 16-byte accesses.
+The codes of a block that share a unit belong to columns that lie `chunk` apart: code c of the units
+number u is column c * chunk + u of the block.  A logical operation on a register with two units
+therefore gives two weights that are neighbours in the same chunk of columns, which is the order in
+which the matrix units want them, and a chunk reads a contiguous piece of the activations.  16 rows
+by `chunk` units are stored together, then the same rows' next units: rows stream through contiguous
+memory in 16-byte accesses.
 
 Every chunk lies in one group, so that scales multiply float32 sums of chunks, not weights.
 """
 
+from math import gcd
 from typing import NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from aptq.core.bits import unpack
 from aptq.core.grid import Grid
 from aptq.core.parts import Quantized
 
-PLANES = {2: (2, 0), 3: (2, 1), 4: (4, 0), 5: (4, 1), 6: (4, 2), 8: (4, 4)}
+BITS = (2, 3, 4, 5, 6, 7, 8)
 ZEROS = {"none": 0, "int": 1, "float": 2}
 ROWS = 16  # rows stored together: as many as one matrix instruction takes
 TILES = 4  # of rows of x: as many as the kernel of the layer gets
@@ -43,14 +44,21 @@ class Layout(NamedTuple):
     zero: int  # 0 none, 1 whole, 2 real
 
     @property
-    def planes(self) -> tuple[int, int]:
-        """Bits of the upper and of the lower plane."""
-        return PLANES[self.bits]
+    def units(self) -> int:
+        """Units of a block, one after another: as few as codes fill."""
+        return self.bits // gcd(self.bits, 16)
 
     @property
     def block(self) -> int:
-        """Columns after which the units of all planes are complete."""
-        return max(16 // bits for bits in self.planes if bits) * self.chunk
+        """Columns of a block."""
+        return 16 * self.units // self.bits * self.chunk
+
+    @property
+    def runs(self) -> int:
+        """Units of a row over chunk; of the last block those that hold codes."""
+        rest = -(-(self.columns % self.block) // self.chunk)
+        last = min(self.units, -(-rest // (16 // self.bits)))
+        return self.columns // self.block * self.units + last
 
     @property
     def padded(self) -> int:
@@ -67,17 +75,16 @@ class Layout(NamedTuple):
         """For these tiles, and two for each of rows of x that low-rank factors are added to."""
         return self.tiles + 2 * TILES
 
-    def units(self, plane: int) -> int:
-        """16-bit units of a plane, 0 or 1."""
-        bits = self.planes[plane]
-        run = 16 // bits * self.chunk if bits else 1
-        return self.padded * -(-self.columns // run) * self.chunk if bits else 0
+    @property
+    def size(self) -> int:
+        """16-bit units of all codes."""
+        return self.padded * self.runs * self.chunk
 
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers."""
         groups = -(-self.columns // self.group) if self.group else 1
-        return 2 * (self.units(0) + self.units(1)) + (2 + self.zero) * groups * self.padded
+        return 2 * self.size + (2 + self.zero) * groups * self.padded
 
 
 def layout_of(grid: Grid, shape: tuple[int, int]) -> Layout:
@@ -95,7 +102,7 @@ def layout_of(grid: Grid, shape: tuple[int, int]) -> Layout:
 
 
 class Buffers(NamedTuple):
-    """codes int16 [units of both planes]; counts int32, zeros between products; scale [groups,
+    """codes int16 [size]; counts int32, zeros between products; scale [groups,
     padded] as stored; zero uint8 or as scale [groups, padded], or None."""
 
     codes: Tensor
@@ -106,18 +113,12 @@ class Buffers(NamedTuple):
 
 def repack(part: Quantized, layout: Layout) -> Buffers:
     """The part's tensors in the order of `layout`, on their device."""
-    codes = part.codes.new_empty(layout.units(0) + layout.units(1), dtype=torch.int16)
-    upper, lower = codes.split([layout.units(0), layout.units(1)])
+    codes = part.codes.new_empty(layout.size, dtype=torch.int16)
     step = max(1, REPACKED // layout.columns // ROWS) * ROWS
     for start in range(0, layout.padded, step):
-        stop = min(start + step, layout.out)
-        rows = _codes(part, start, stop)
-        shift = layout.planes[1]
-        for plane, target, values in ((0, upper, rows >> shift), (1, lower, rows % (1 << shift))):
-            if layout.planes[plane]:
-                piece = _units(values, layout.planes[plane], layout.chunk)
-                first = start * (len(target) // layout.padded)
-                target[first : first + piece.numel()] = piece
+        piece = _units(_codes(part, start, min(start + step, layout.out)), layout)
+        first = start * layout.runs * layout.chunk
+        codes[first : first + piece.numel()] = piece
     scale, zero = part.scales()
     counts = codes.new_zeros(layout.counters, dtype=torch.int32)
     return Buffers(
@@ -131,25 +132,39 @@ def _codes(part: Quantized, start: int, stop: int) -> Tensor:
     return pad(rows.short(), (0, 0, 0, -len(rows) % ROWS))
 
 
-def _units(values: Tensor, bits: int, chunk: int) -> Tensor:
-    """Values int16 [rows, columns] of a plane -> its units, flat."""
-    fields = 16 // bits
-    spare = -values.shape[1] % (fields * chunk)
-    values = pad(values, (0, spare))
-    tiles = values.view(len(values) // ROWS, ROWS, -1, fields, chunk).transpose(1, 2).int()
-    places = torch.arange(fields, device=values.device, dtype=torch.int32) * bits
+def _units(codes: Tensor, layout: Layout) -> Tensor:
+    """Codes int16 [rows, columns] -> their units, flat."""
+    bits, units = layout.bits, layout.units
+    fields, free = 16 // bits, 16 % bits
+    codes = pad(codes, (0, -codes.shape[1] % layout.block))
+    blocks = codes.view(len(codes) // ROWS, ROWS, -1, layout.block // layout.chunk, layout.chunk)
+    blocks = blocks.transpose(1, 2).int()  # tile, block, row, code, chunk
+    direct, spare = blocks.tensor_split([units * fields], 3)
+    places = torch.arange(fields, device=codes.device, dtype=torch.int32) * bits
     # fields do not overlap, so their sum is their union; the sign bit wraps around
-    units = (tiles << places[:, None]).sum(3, dtype=torch.int32)
-    return units.to(torch.int16).flatten()
+    made = (direct.unflatten(3, (units, fields)) << places[:, None]).sum(4, dtype=torch.int32)
+    if free:
+        stream = (spare << places[: spare.shape[3], None]).sum(3, keepdim=True, dtype=torch.int32)
+        shifts = torch.arange(units, device=codes.device, dtype=torch.int32)[:, None] * free
+        made += ((stream >> shifts) & ((1 << free) - 1)) << 16 - free
+    runs = made.transpose(2, 3).flatten(1, 2)[:, : layout.runs]
+    return runs.to(torch.int16).flatten()
 
 
-def codes_of(plane: Tensor, layout: Layout, number: int, rows: Tensor) -> Tensor:
-    """What `_units` made of some rows [n]: int32 [n, columns and what was padded]."""
-    bits = layout.planes[number]
-    tiles = plane.view(layout.padded // ROWS, -1, ROWS, layout.chunk)
-    units = tiles[rows // ROWS, :, rows % ROWS].int()
-    places = torch.arange(16 // bits, device=plane.device, dtype=torch.int32) * bits
-    found = (units[:, :, None] >> places[:, None]) & ((1 << bits) - 1)
+def codes_of(stored: Tensor, layout: Layout, rows: Tensor) -> Tensor:
+    """What `repack` stored of some rows [n]: codes int32 [n, columns and what was padded]."""
+    bits, units = layout.bits, layout.units
+    fields, free = 16 // bits, 16 % bits
+    tiles = stored.view(layout.padded // ROWS, layout.runs, ROWS, layout.chunk)
+    held = tiles[rows // ROWS, :, rows % ROWS].int()
+    held = pad(held, (0, 0, 0, -layout.runs % units)).unflatten(1, (-1, units))
+    places = torch.arange(fields, device=stored.device, dtype=torch.int32) * bits
+    found = ((held[:, :, :, None] >> places[:, None]) & ((1 << bits) - 1)).flatten(2, 3)
+    if free:
+        shifts = torch.arange(units, device=stored.device, dtype=torch.int32)[:, None] * free
+        stream = ((held >> 16 - free & ((1 << free) - 1)) << shifts).sum(2, True, dtype=torch.int32)
+        spare = stream >> places[: units * free // bits, None] & ((1 << bits) - 1)
+        found = torch.cat([found, spare], 2)
     return found.flatten(1)
 
 

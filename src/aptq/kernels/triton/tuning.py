@@ -17,7 +17,7 @@ import torch
 
 from aptq.kernels.triton.layout import Buffers, Layout
 
-VERSION = 2  # of the file; kernels that work in another way need other tiles
+VERSION = 3  # of the file; kernels that work in another way need other tiles
 SHARED = 160 << 10  # bytes of shared memory for one program: what an A100 has, an H100 has 227
 ROTATED = 256 << 20  # bytes of weights that are timed in turn: more than second-level caches hold
 WARPS = {16: (1,), 32: (1, 2), 64: (1, 2, 4), 128: (2, 4, 8)}  # of a tile, by its rows
@@ -60,7 +60,7 @@ def chosen(layout: Layout, rows: int, device: torch.device) -> Setting:
 
 def default(layout: Layout, rows: int, processors: int) -> Setting:
     """By a rule that an H200 was timed for: two programs and a bit for each processor."""
-    batch, planes = batch_of(rows), 2 if layout.planes[1] else 1
+    batch, planes = batch_of(rows), min(layout.units, 2)
     few = batch <= 16
     # from 64 rows and 4 warps on, the faster matrix units; 128 read x less often
     large = layout.out >= 128 * processors or (planes == 2 and batch == 32)
@@ -145,10 +145,10 @@ def random_buffers(
     layout: Layout, device: torch.device, scale: torch.dtype = torch.float16
 ) -> Buffers:
     """Random codes and scales for timing; no product of them is infinite."""
-    size, groups = layout.units(0) + layout.units(1), 1
+    groups = 1
     if layout.group:
         groups = -(-layout.columns // layout.group)
-    codes = torch.randint(-(1 << 15), 1 << 15, (size,), dtype=torch.int16, device=device)
+    codes = torch.randint(-(1 << 15), 1 << 15, (layout.size,), dtype=torch.int16, device=device)
     factors = torch.rand(groups, layout.padded, device=device) * 0.02 + 0.001
     levels = torch.randint(0, 1 << layout.bits, factors.shape, device=device)
     zero = None if not layout.zero else levels.to(torch.uint8 if layout.zero == 1 else scale)
