@@ -324,7 +324,7 @@ for text in sys.argv[1:]:
     sizes = ("heads", "runs", "rows", "out", "columns", "padded", "per")
     fixed = dict(BITS=bits, CHUNK=32, GROUP=128, ZERO=zero,
                  BIAS=True, RANK=0, EVEN=zero == 0, BN=64, BB=batch, SPLIT=True,
-                 BK=128, RUNS=8, ASM=True)
+                 BK=128, RUNS=8, ASM=True, WARPS=warps)
     whole = {(i,): [["tt.divisibility", 16]] for i in (*range(13), 14, 16, 17, 18)}
     kinds |= dict.fromkeys(sizes, "i32") | dict.fromkeys(fixed, "constexpr")
     source = ASTSource(code.multiply, kinds,

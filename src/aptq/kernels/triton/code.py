@@ -71,14 +71,36 @@ def _less(part, total, zero, BITS: tl.constexpr, SUMS: tl.constexpr, ZERO: tl.co
 
 
 @triton.jit
-def _factors(place, scale_at, zero_at, columns, padded, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+def _turned(values, WARPS: tl.constexpr):
+    """Values [BN] that were read in the order of `_turn`, in that of rows."""
+    # 32 rows a warp: what a warp has read it also multiplies with, and nothing has to go through
+    # shared memory, for which all warps would wait for each other
+    if values.shape[0] == 32 * WARPS and WARPS > 1:
+        values = tl.reshape(values, [WARPS, 2, 16])
+        values = tl.reshape(tl.permute(values, [1, 0, 2]), [32 * WARPS])
+    return values
+
+
+@triton.jit
+def _turn(BN: tl.constexpr, WARPS: tl.constexpr):
+    """Rows of a tile in the order in which its warps multiply them: 16 of each warp in turn."""
+    i = tl.arange(0, BN)
+    return i // 16 % 2 * (16 * WARPS) + i // 32 * 16 + i % 16 if BN == 32 * WARPS else i
+
+
+@triton.jit
+def _factors(
+    place, scale_at, zero_at, columns, padded, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    WARPS: tl.constexpr,
+):  # fmt: skip
     """Scales and zeros [BN] of block `place`, one of each for every run that shares them."""
     SHARED: tl.constexpr = common(GROUP, BLOCK) if GROUP else BLOCK
     found = ()
     for run in tl.static_range(BLOCK // SHARED):
         k = tl.minimum(place * BLOCK + run * SHARED, columns - 1)
         at = k // GROUP * padded if GROUP else 0
-        found = found + ((tl.load(scale_at + at), tl.load(zero_at + at)),)  # noqa: RUF005
+        scale, zero = tl.load(scale_at + at).to(tl.float32), tl.load(zero_at + at).to(tl.float32)
+        found = found + ((_turned(scale, WARPS), _turned(zero, WARPS)),)  # noqa: RUF005
     return found
 
 
@@ -205,6 +227,7 @@ def _tile(
     columns, padded, per, BITS: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
     ZERO: tl.constexpr, BIAS: tl.constexpr, RANK: tl.constexpr, EVEN: tl.constexpr,
     BN: tl.constexpr, BB: tl.constexpr, SPLIT: tl.constexpr, ASM: tl.constexpr,
+    WARPS: tl.constexpr,
 ):  # fmt: skip
     """What `multiply` does in the programs behind the first `heads`."""
     D: tl.constexpr = x.dtype.element_ty
@@ -218,10 +241,12 @@ def _tile(
     codes_at += tl.arange(0, CHUNK)[None, :]
     x_at = x + (b * columns)[None, :] + tl.arange(0, CHUNK)[:, None]
     acc = tl.zeros([BN, BB], tl.float32)
-    factors = _factors(first, scale + row, zero + row, columns, padded, GROUP, BLOCK)
+    turned = tl.minimum(tile * BN + _turn(BN, WARPS), padded - 1)
+    scale_at, zero_at = scale + turned, zero + turned
+    factors = _factors(first, scale_at, zero_at, columns, padded, GROUP, BLOCK, WARPS)
     for block in range(first, tl.minimum(first + per, blocks)):
         # read a block ahead: whoever waits for a scale waits for memory
-        later = _factors(block + 1, scale + row, zero + row, columns, padded, GROUP, BLOCK)
+        later = _factors(block + 1, scale_at, zero_at, columns, padded, GROUP, BLOCK, WARPS)
         acc = _block(
             acc, factors, block, x_at, codes_at, runs, known, columns, BITS, CHUNK, GROUP, ZERO,
             SUMS, EVEN, D, ASM,
@@ -243,7 +268,7 @@ def multiply(
     rows, out, columns, padded, per, BITS: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
     ZERO: tl.constexpr, BIAS: tl.constexpr, RANK: tl.constexpr, EVEN: tl.constexpr,
     BN: tl.constexpr, BB: tl.constexpr, SPLIT: tl.constexpr, BK: tl.constexpr, RUNS: tl.constexpr,
-    ASM: tl.constexpr,
+    ASM: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """y [rows, out] = x [rows, columns] @ (weight.T + right.T @ left) + bias.
 
@@ -263,11 +288,11 @@ def multiply(
             _tile(
                 x, codes, counts, scale, zero, bias, inner, left, sums, y, flag, heads, runs, rows,
                 out, columns, padded, per, BITS, CHUNK, GROUP, ZERO, BIAS, RANK, EVEN, BN, BB,
-                SPLIT, ASM,
+                SPLIT, ASM, WARPS,
             )  # fmt: skip
     else:
         _tile(
             x, codes, counts, scale, zero, bias, inner, left, sums, y, flag, 0, runs, rows, out,
             columns, padded, per, BITS, CHUNK, GROUP, ZERO, BIAS, RANK, EVEN, BN, BB, SPLIT,
-            ASM,
+            ASM, WARPS,
         )  # fmt: skip

@@ -89,7 +89,7 @@ def run(
             counts[layout.tiles :], heads, layout.runs, rows, out, layout.columns,
             layout.padded, per, layout.bits, layout.chunk, layout.group, layout.zero,
             bias is not None, rank, layout.columns % layout.block == 0, setting.rows,
-            setting.batch, splits > 1, NARROW, RUNS, not INTERPRETED,
+            setting.batch, splits > 1, NARROW, RUNS, not INTERPRETED, setting.warps,
             num_warps=setting.warps, num_stages=setting.stages,
         )  # fmt: skip
     return y
