@@ -19,6 +19,7 @@ from aptq.kernels.triton.layout import Buffers, Layout
 
 VERSION = 3  # of the file; kernels that work in another way need other tiles
 SHARED = 160 << 10  # bytes of shared memory for one program: what an A100 has, an H100 has 227
+MEMORY = 227 << 10  # bytes of shared memory of a processor that the rule was timed on
 ROTATED = 256 << 20  # bytes of weights that are timed in turn: more than second-level caches hold
 WARPS = {16: (1,), 32: (1, 2), 64: (1, 2, 4), 128: (2, 4, 8)}  # of a tile, by its rows
 
@@ -32,14 +33,17 @@ class Setting(NamedTuple):
     stages: int
     splits: int
 
-    def fits(self, layout: Layout) -> bool:
-        """Do loads in flight fit into shared memory, sums into registers, has each part a block?"""
+    def held(self, layout: Layout) -> int:
+        """Bytes of shared memory for loads in flight."""
         # the matrix units that read x where it was loaded
         wide = self.rows >= 64 and self.batch >= 16 and self.warps % 4 == 0
-        held = self.rows * layout.bits // 8 * (self.stages - 1)
-        held = layout.block * (held + 2 * self.batch * (self.stages - (not wide)))
+        weights = self.rows * layout.bits // 8 * (self.stages - 1)
+        return layout.block * (weights + 2 * self.batch * (self.stages - (not wide)))
+
+    def fits(self, layout: Layout) -> bool:
+        """Do loads in flight fit into shared memory, sums into registers, has each part a block?"""
         sums = self.rows * self.batch // (32 * self.warps)
-        return held <= SHARED and sums <= 32 and self.splits <= -(-layout.columns // layout.block)
+        return self.held(layout) <= SHARED and sums <= 32 and self.splits <= -(-layout.columns // layout.block)
 
 
 def batch_of(rows: int) -> int:
@@ -60,19 +64,21 @@ def chosen(layout: Layout, rows: int, device: torch.device) -> Setting:
 
 def default(layout: Layout, rows: int, processors: int) -> Setting:
     """By a rule that an H200 was timed for: two programs and a bit for each processor."""
-    batch, planes = batch_of(rows), min(layout.units, 2)
-    few = batch <= 16
-    # from 64 rows and 4 warps on, the faster matrix units; 128 read x less often
-    large = layout.out >= 128 * processors or (planes == 2 and batch == 32)
-    size = 128 if large and not few else 64
+    batch, whole, few = batch_of(rows), layout.units == 1, batch_of(rows) <= 16
+    # many rows of the weight: wider tiles read x less often; 3 bits and such need it sooner
+    large = layout.out >= (96 if few else 128 if whole else 40) * processors
+    large = large or (not few and layout.columns > 8192)
+    size = 128 if large and not few else 32 if few and whole and not large else 64
     tiles, splits = -(-layout.out // size), 1
-    wanted = processors * (9 if few and planes == 1 else 6 if few or planes == 1 else 5) // 4
+    quarters = 5 + whole if not few else 5 + 4 * whole if large else 9 + 3 * whole
+    wanted = processors * quarters // 4
     while tiles * splits < wanted and splits < 8 and 2 * splits * layout.block <= layout.columns:
         splits *= 2
-    warps = 2 if few and (planes == 1 or tiles >= 3 * processors) else 4
-    warps = 8 if size * batch > 4096 else warps
-    setting = Setting(size, batch, warps, 3 if few or planes == 1 else 2, splits)
-    while not setting.fits(layout) and setting.stages > 2:
+    warps = 2 if few else 8 if size * batch > 4096 else 4
+    setting = Setting(size, batch, warps, 3 if whole or (few and large) else 2, splits)
+    # as many programs as a processor gets should run there at once
+    most = MEMORY // -(-tiles * splits // processors)
+    while setting.stages > 2 and (setting.held(layout) > most or not setting.fits(layout)):
         setting = setting._replace(stages=setting.stages - 1)
     return setting
 
