@@ -193,7 +193,8 @@ def test_the_operators_tell_their_shapes(device: str) -> None:
 
 
 def test_layouts_hold_what_they_say() -> None:
-    for text in ("int2-g128", "int3-g64-z", "int4-g32-fz", "int5-row", "int6-g96-z", "int7-g64", "int8-g128"):
+    texts = ("int2-g128", "int3-g64-z", "int4-g32-fz", "int5-row", "int6-g96-z", "int7-g64")
+    for text in (*texts, "int8-g128"):
         part = sample(text, 49, 1536)
         assert isinstance(part, Quantized)
         layout = layout_of(part.grid, part.shape)

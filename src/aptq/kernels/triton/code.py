@@ -61,7 +61,7 @@ def counted(bits, code, zero):
 
 @triton.jit
 def _less(part, total, zero, BITS: tl.constexpr, SUMS: tl.constexpr, ZERO: tl.constexpr):
-    """Sums of numbers * x -> sums of (code - zero) * x, all [BN, BB]; total as `_block` makes it."""
+    """Sums of numbers * x -> of (code - zero) * x, all [BN, BB]; total as `_block` makes it."""
     if SUMS:
         if ZERO:
             part -= (zero.to(tl.float32) + surplus(BITS, 0, ZERO))[:, None] * total
@@ -110,7 +110,7 @@ def _block(
     CHUNK: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, SUMS: tl.constexpr,
     EVEN: tl.constexpr, D: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """acc [BN, BB] and the products of block `place` of all columns, scaled but where GROUP is 0."""
+    """acc [BN, BB] + products of block `place` of all columns, scaled but where GROUP is 0."""
     UNITS: tl.constexpr = units_of(BITS)
     CODES: tl.constexpr = codes_of(BITS)
     BLOCK: tl.constexpr = CODES * CHUNK

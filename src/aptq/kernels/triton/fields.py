@@ -53,7 +53,7 @@ def sources(bits, code):
 
 @triton.constexpr_function
 def place(bits, code, half, spread):
-    """The lowest bit of the code in the window.  spread: where fewer shifts bring it, else on top."""
+    """The lowest bit of the code in the window; spread: where few shifts bring it, else on top."""
     found = pieces(bits, code, half)
     width = 4 if half else bits
     if len(found) > 1 or not spread:
@@ -216,9 +216,7 @@ def expand(
     k = tl.program_id(0) * CHUNK
     n = start + tl.program_id(1) * BN + tl.arange(0, BN)
     row = tl.minimum(n, padded - 1)
-    values = _plain(
-        codes, row, tl.program_id(0), runs, BITS, CHUNK, units_of(BITS), codes_of(BITS)
-    )
+    values = _plain(codes, row, tl.program_id(0), runs, BITS, CHUNK, units_of(BITS), codes_of(BITS))
     group = k // GROUP * padded if GROUP else 0
     if ZERO:  # noqa: SIM108
         less = tl.load(zero + group + row).to(tl.float32)[:, None]

@@ -43,7 +43,8 @@ class Setting(NamedTuple):
     def fits(self, layout: Layout) -> bool:
         """Do loads in flight fit into shared memory, sums into registers, has each part a block?"""
         sums = self.rows * self.batch // (32 * self.warps)
-        return self.held(layout) <= SHARED and sums <= 32 and self.splits <= -(-layout.columns // layout.block)
+        blocks = -(-layout.columns // layout.block)
+        return self.held(layout) <= SHARED and sums <= 32 and self.splits <= blocks
 
 
 def batch_of(rows: int) -> int:
