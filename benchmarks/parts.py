@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from reconstruction import FEW
 from rows import Job, Table, arguments, behind, run, scores, shipped, written
 
 from aptq.core.plan import Plan, Target
@@ -20,9 +19,7 @@ BASE = "int3-g64-z"
 RANKS = ("r16", "r32", "r64", "r32@int8-row", "r64@int8-row")
 OUTLIERS = ("+o0.25%", "+o0.5%", "+o1%")
 SMALL = ("2.28125", "2.5", "3.0", "3.5")  # bpw of joint plans
-# beside every grid of FEW below 4 bits, outliers also beside LARGE
-ADDED = ("+r8@int8-row", "+r16@int8-row", "+r32@int8-row", *OUTLIERS)
-LARGE = ("int2-row-z", "int2-g128-z", "int3-row-z", "int3-g128-z")  # one weight spoils much there
+JOINED = ["--recipe", "aptq-parts"]
 WIDTHS = ("int2-g64-z", "int3-g64-z")
 CIRCUITS = ("int2-row-z+o0.35%", "int3-row-z+o0.35%")
 
@@ -81,24 +78,11 @@ def known_scores(scratch: Path, name: str) -> list[str]:
     return ["--scores", str(scratch / f"scores-{name}.json")]
 
 
-def joined(scratch: Path) -> list[str]:
-    """--recipe and the default with factors and outliers among its candidates."""
-    # all of the default's, or a plan could be worse for want of a grid
-    grids = shipped("aptq")["grids"]
-    low = [f"{g}{more}" for g in FEW if int(g[3]) < 4 for more in ADDED]
-    low += [f"{g}{more}" for g in LARGE for more in OUTLIERS]
-    known = stages()
-    chain = [known["spqr"], known["gptq"], known["eora"]]
-    return written(
-        scratch, "parts joint", shipped("aptq") | {"grids": [*grids, *low], "stage": chain}
-    )
-
-
 def joint(scratch: Path, _model: Path) -> Iterator[Job]:
     """Bits, rank and outliers of every layer chosen together, against bits alone."""
     for size in SMALL:
         budget = ["--budget", f"{size}bpw"]
-        yield f"joint {size}", [*joined(scratch), *budget, *known_scores(scratch, "joint")]
+        yield f"joint {size}", [*JOINED, *budget, *known_scores(scratch, "joint")]
         yield f"bits alone {size}", [*budget, *known_scores(scratch, "bits")]
 
 
@@ -126,7 +110,7 @@ def main() -> None:
     options = arguments(__doc__, tuple(PARTS))
     scratch = options.scratch
     made = {name: part(scratch, options.model) for name, part in PARTS.items()}
-    measured = {"bits": ["--recipe", "aptq"], "joint": joined(scratch)}
+    measured = {"bits": ["--recipe", "aptq"], "joint": JOINED}
     first = [
         scores(options, Path(known_scores(scratch, name)[1]), *words)
         for name, words in measured.items()
