@@ -147,6 +147,27 @@ def test_factors_are_added_in_the_same_launch(rank: int, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("batch", [1, 17])
+def test_joined_layers_have_factors_of_their_own(batch: int, device: str) -> None:
+    from aptq.kernels.triton import launch
+
+    part, kernel = made("int4-g32", 384, 608, device)
+    left, right = randn(16, 384, seed=3).half(), randn(64, 608, seed=4).half()
+    right[48:] = 0  # three times 16, padded
+    x = randn(batch, 608, seed=2).half()
+    storage = (kernel.codes, kernel.counts, kernel.scale, kernel.zero, None, list(kernel.layout))
+    given = [t.to(device) for t in (left, right)]
+    y = launch.multiply(x.to(device), *storage, *given, [128, 256])
+    inner = (x.double() @ right.double().T).half().double()
+    wanted = x.double() @ part.dense().double().T
+    for own in range(3):
+        rows = slice(128 * own, 128 * own + 128)
+        added = inner[:, 16 * own : 16 * own + 16] @ left.double()[:, rows]
+        piece = wanted[:, rows] + added
+        assert float((y.double().cpu()[:, rows] - piece).norm() / piece.norm()) < 2e-3, own
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("text", ["int3-g32-z", "int4-row", "int5-g64", "int8-g128-fz"])
 def test_decoded_weights_are_those_of_the_part(text: str, device: str) -> None:
     from aptq.kernels.triton import launch
@@ -316,20 +337,20 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from aptq.kernels.triton import code
 for text in sys.argv[1:]:
-    bits, zero, batch, warps = map(int, text.split(","))
+    bits, zero, batch, warps, rank = map(int, text.split(","))
     names = ("x", "codes", "counts", "scale", "zero", "bias", "parts", "inner")
     types = ("bf16", "i16", "i32", "fp16", ("fp16", "u8", "fp16")[zero])
     names = (*names, "left", "right", "sums", "y", "flags")
     types = (*types, "bf16", "fp32", "bf16", "bf16", "bf16", "fp32", "bf16", "i32")
     kinds = {name: f"*{type}" for name, type in zip(names, types, strict=True)}
-    sizes = ("heads", "runs", "rows", "out", "columns", "padded", "per")
+    sizes = ("heads", "second", "third", "runs", "rows", "out", "columns", "padded", "per")
     fixed = dict(BITS=bits, CHUNK=32, GROUP=128, ZERO=zero,
-                 BIAS=True, RANK=0, EVEN=zero == 0, BN=64, BB=batch, SPLIT=True,
+                 BIAS=True, RANK=rank, ALL=rank, EVEN=zero == 0, BN=64, BB=batch, SPLIT=True,
                  BK=128, RUNS=8, ASM=True, WARPS=warps)
-    whole = {(i,): [["tt.divisibility", 16]] for i in (*range(13), 14, 16, 17, 18)}
+    whole = {(i,): [["tt.divisibility", 16]] for i in (*range(13), 18, 19, 20)}
     kinds |= dict.fromkeys(sizes, "i32") | dict.fromkeys(fixed, "constexpr")
     source = ASTSource(code.multiply, kinds,
-        {(20 + i,): value for i, value in enumerate(fixed.values())}, whole)
+        {(len(names) + len(sizes) + i,): value for i, value in enumerate(fixed.values())}, whole)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32),
                           options=dict(num_warps=warps, num_stages=3))
     ptx = made.asm["ptx"]
@@ -348,7 +369,7 @@ def compiled(wanted: list[str]) -> list[list[str]]:
 
 
 def test_kernels_compile_for_hopper_s_matrix_units() -> None:
-    few, many = compiled(["4,1,8,2", "4,0,64,4"])
+    few, many = compiled(["4,1,8,2,0", "4,0,64,4,0"])
     assert int(few[2]) > 0
     assert int(few[3]) > 0, "weights are not copied asynchronously"
     assert int(many[1]) > 0
@@ -356,7 +377,9 @@ def test_kernels_compile_for_hopper_s_matrix_units() -> None:
 
 @pytest.mark.slow
 def test_all_kernels_compile() -> None:
-    wanted = [f"{b},{z},{n},4" for b in BITS for z in (0, 1, 2) for n in (8, 64)]
+    zeros = ((0, 0), (1, 32), (2, 0))
+    kinds = [f"{zero},{batch},4,{rank}" for zero, rank in zeros for batch in (8, 64)]
+    wanted = [f"{bits},{kind}" for bits in BITS for kind in kinds]
     assert len(compiled(wanted)) == len(wanted)
 
 

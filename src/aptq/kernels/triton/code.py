@@ -180,22 +180,26 @@ def _narrow(
     tl.debug_barrier()  # all of it, before it counts
     if tl.atomic_add(flag, 1, sem="acq_rel") == heads - 1:
         acc = tl.zeros_like(acc)
-        for head in range(heads):
-            part_at = parts + head * rows * RANK + at
-            acc += tl.load(part_at, mask=here, other=0.0, cache_modifier=".cg")
+        for start in range(0, heads, 8):
+            for i in tl.static_range(8):  # loads of all eight before the first is waited for
+                part_at = parts + (start + i) * rows * RANK + at
+                held = here & (start + i < heads)
+                acc += tl.load(part_at, mask=held, other=0.0, cache_modifier=".cg")
         tl.store(inner + at, acc.to(inner.dtype.element_ty), mask=here)
         tl.debug_barrier()
         tl.atomic_add(flag, -heads - 1, sem="acq_rel")
 
 
 @triton.jit
-def _awaited(inner, flag, heads, b, known, RANK: tl.constexpr, ASM: tl.constexpr):
-    """What `_narrow` made for this tile, [RANK, BB]."""
+def _awaited(
+    inner, flag, heads, b, known, RANK: tl.constexpr, ALL: tl.constexpr, ASM: tl.constexpr
+):
+    """What `_narrow` made for this tile, [RANK, BB] from rows of ALL numbers."""
     # those programs are the first of the grid: all run or have run, and wait for nothing
     ready = tl.atomic_add(flag, 0, sem="acq_rel")
     while ready >= 0:
         ready = tl.atomic_add(flag, 0, sem="acq_rel")
-    at = (b * RANK)[None, :] + tl.arange(0, RANK)[:, None]
+    at = (b * ALL)[None, :] + tl.arange(0, RANK)[:, None]
     ts = tl.load(inner + at, mask=known, other=0.0, cache_modifier=".cg")
     tl.debug_barrier()
     if tl.atomic_add(flag + 1, 1, sem="acq_rel") == tl.num_programs(0) - heads - 1:
@@ -205,29 +209,12 @@ def _awaited(inner, flag, heads, b, known, RANK: tl.constexpr, ASM: tl.constexpr
 
 
 @triton.jit
-def _finish(
-    acc, y, at, held, bias, inner, left, flag, heads, b, n, known, out, BIAS: tl.constexpr,
-    RANK: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    """y = acc [BN, BB] + bias + the transpose of inner [rows, RANK] @ left [RANK, out]."""
-    if BIAS:
-        acc += tl.load(bias + n, mask=n < out, other=0.0).to(tl.float32)[:, None]
-    if RANK:
-        at_left = left + tl.arange(0, RANK)[None, :] * out + n[:, None]
-        ls = tl.load(at_left, mask=(n < out)[:, None], other=0.0)
-        if not ASM:
-            ls = ls.to(tl.float32)
-        acc = tl.dot(ls, _awaited(inner, flag, heads, b, known, RANK, ASM), acc)
-    tl.store(y + at, acc.to(y.dtype.element_ty), mask=held)
-
-
-@triton.jit
 def _tile(
-    x, codes, counts, scale, zero, bias, inner, left, sums, y, flag, heads, runs, rows, out,
-    columns, padded, per, BITS: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
-    ZERO: tl.constexpr, BIAS: tl.constexpr, RANK: tl.constexpr, EVEN: tl.constexpr,
-    BN: tl.constexpr, BB: tl.constexpr, SPLIT: tl.constexpr, ASM: tl.constexpr,
-    WARPS: tl.constexpr,
+    x, codes, counts, scale, zero, bias, inner, left, sums, y, flag, heads, second, third, runs,
+    rows, out, columns, padded, per, BITS: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
+    ZERO: tl.constexpr, BIAS: tl.constexpr, RANK: tl.constexpr, ALL: tl.constexpr,
+    EVEN: tl.constexpr, BN: tl.constexpr, BB: tl.constexpr, SPLIT: tl.constexpr,
+    ASM: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """What `multiply` does in the programs behind the first `heads`."""
     D: tl.constexpr = x.dtype.element_ty
@@ -240,7 +227,11 @@ def _tile(
     codes_at = codes + (row // 16 * (runs * 16 * CHUNK) + row % 16 * CHUNK)[:, None]
     codes_at += tl.arange(0, CHUNK)[None, :]
     x_at = x + (b * columns)[None, :] + tl.arange(0, CHUNK)[:, None]
-    acc = tl.zeros([BN, BB], tl.float32)
+    acc, whole, here = tl.zeros([BN, BB], tl.float32), n < out, tl.program_id(1) == 0
+    if RANK:
+        # read first, for at the end nothing else would be left to do while it comes
+        left_at = left + tl.arange(0, RANK)[None, :] * out + n[:, None]
+        ls = tl.load(left_at, mask=(whole & here)[:, None], other=0.0)
     turned = tl.minimum(tile * BN + _turn(BN, WARPS), padded - 1)
     scale_at, zero_at = scale + turned, zero + turned
     factors = _factors(first, scale_at, zero_at, columns, padded, GROUP, BLOCK, WARPS)
@@ -254,45 +245,53 @@ def _tile(
         factors = later
     if GROUP == 0:
         acc *= factors[0][0].to(tl.float32)[:, None]
-    at, held, last = b[None, :] * out + n[:, None], known & (n < out)[:, None], True
+    if RANK:  # noqa: SIM102 (the first is for the compiler, the second for programs)
+        if here:  # before the first split joins the others
+            own = (tile * BN >= second).to(tl.int32) + (tile * BN >= third).to(tl.int32)
+            ts = _awaited(inner + own * RANK, flag, heads, b, known, RANK, ALL, ASM)
+            acc = tl.dot(ls if ASM else ls.to(tl.float32), ts, acc)
+    at, held, last = b[None, :] * out + n[:, None], known & whole[:, None], True
     if SPLIT:
         counter = counts + tl.program_id(2) * (tl.num_programs(0) - heads) + tile
         last, acc = _joined(acc, counter, sums, at, rows * out, held)
     if last:
-        _finish(acc, y, at, held, bias, inner, left, flag, heads, b, n, known, out, BIAS, RANK, ASM)
+        if BIAS:
+            acc += tl.load(bias + n, mask=whole, other=0.0).to(tl.float32)[:, None]
+        tl.store(y + at, acc.to(y.dtype.element_ty), mask=held)
 
 
-@triton.jit(do_not_specialize=["heads", "rows", "per"])
+@triton.jit(do_not_specialize=["heads", "second", "third", "runs", "rows", "per"])
 def multiply(
-    x, codes, counts, scale, zero, bias, parts, inner, left, right, sums, y, flags, heads, runs,
-    rows, out, columns, padded, per, BITS: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
-    ZERO: tl.constexpr, BIAS: tl.constexpr, RANK: tl.constexpr, EVEN: tl.constexpr,
-    BN: tl.constexpr, BB: tl.constexpr, SPLIT: tl.constexpr, BK: tl.constexpr, RUNS: tl.constexpr,
-    ASM: tl.constexpr, WARPS: tl.constexpr,
+    x, codes, counts, scale, zero, bias, parts, inner, left, right, sums, y, flags, heads, second,
+    third, runs, rows, out, columns, padded, per, BITS: tl.constexpr, CHUNK: tl.constexpr,
+    GROUP: tl.constexpr, ZERO: tl.constexpr, BIAS: tl.constexpr, RANK: tl.constexpr,
+    ALL: tl.constexpr, EVEN: tl.constexpr, BN: tl.constexpr, BB: tl.constexpr, SPLIT: tl.constexpr,
+    BK: tl.constexpr, RUNS: tl.constexpr, ASM: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """y [rows, out] = x [rows, columns] @ (weight.T + right.T @ left) + bias.
 
     codes hold `runs` times CHUNK units a row; ZERO 0 none, 1 whole, 2 real; GROUP 0: a whole row;
     EVEN: all blocks are full.  SPLIT: programs take `per` blocks each, leave their sums in `sums`
     [splits, rows, out], and the last of a tile, known by `counts` (zeros before and after), adds
-    them up.  Unless RANK is 0 the first `heads` programs make inner [rows, RANK] = x @
-    right.T, for which the others wait before they end: `flags` [batch tiles, 2], zeros before and
-    after, count who has written and read.
+    them up.  Unless RANK is 0 the first `heads` programs make inner [rows, ALL] = x @ right.T,
+    for which the others wait before they end: `flags` [batch tiles, 2], zeros before and after,
+    count who has written and read.  left is [RANK, out]: output rows from `second` and from `third`
+    on have the second and third RANK of inner.
     """
     flag = flags + 2 * tl.program_id(2)
     if RANK:
         if tl.program_id(0) < heads:
             if tl.program_id(1) == 0:
-                _narrow(x, right, parts, inner, flag, heads, rows, columns, RANK, BB, BK, RUNS, ASM)
+                _narrow(x, right, parts, inner, flag, heads, rows, columns, ALL, BB, BK, RUNS, ASM)
         else:
             _tile(
-                x, codes, counts, scale, zero, bias, inner, left, sums, y, flag, heads, runs, rows,
-                out, columns, padded, per, BITS, CHUNK, GROUP, ZERO, BIAS, RANK, EVEN, BN, BB,
-                SPLIT, ASM, WARPS,
+                x, codes, counts, scale, zero, bias, inner, left, sums, y, flag, heads, second,
+                third, runs, rows, out, columns, padded, per, BITS, CHUNK, GROUP, ZERO, BIAS, RANK,
+                ALL, EVEN, BN, BB, SPLIT, ASM, WARPS,
             )  # fmt: skip
     else:
         _tile(
-            x, codes, counts, scale, zero, bias, inner, left, sums, y, flag, 0, runs, rows, out,
-            columns, padded, per, BITS, CHUNK, GROUP, ZERO, BIAS, RANK, EVEN, BN, BB, SPLIT,
-            ASM, WARPS,
+            x, codes, counts, scale, zero, bias, inner, left, sums, y, flag, 0, second, third,
+            runs, rows, out, columns, padded, per, BITS, CHUNK, GROUP, ZERO, BIAS, RANK, ALL, EVEN,
+            BN, BB, SPLIT, ASM, WARPS,
         )  # fmt: skip

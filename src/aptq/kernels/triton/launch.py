@@ -14,7 +14,8 @@ from aptq.kernels.triton.layout import TILES, Layout
 from aptq.kernels.triton.tuning import Setting, chosen
 
 INTERPRETED = triton.knobs.runtime.interpret  # on the CPU, for tests: PTX cannot be interpreted
-NARROW, RUNS = 128, 8  # columns of a step, and steps, of programs that multiply with factors
+NARROW, RUNS = 128, 2  # columns of a step, and steps, of programs that multiply with factors
+NEVER = 1 << 30  # an output row that does not come
 EXPANDED = 64  # rows of the weight that a program decodes at once
 
 
@@ -29,13 +30,16 @@ def multiply(
     layout: Sequence[int],
     left: Tensor | None = None,
     right: Tensor | None = None,
+    edges: Sequence[int] | None = None,
 ) -> Tensor:
     """x bfloat16 or float16 [rows, columns] contiguous @ weight.T + bias -> [rows, out].
 
     Where they are given, x @ right.T @ left is added, right [rank, columns] and left [rank, out].
+    With edges, first rows of a second and third of the layers that were joined (multiples of 128),
+    right is [their ranks and what was padded, columns] and each layer has its own rank of it.
     """
     how = Layout(*layout)
-    added = None if left is None or right is None else (left, right)
+    added = None if left is None or right is None else (left, right, edges or ())
     return run(x, codes, counts, scale, zero, bias, how, chosen(how, len(x), x.device), added)
 
 
@@ -50,6 +54,7 @@ def _(
     layout: Sequence[int],
     left: Tensor | None = None,
     right: Tensor | None = None,
+    edges: Sequence[int] | None = None,
 ) -> Tensor:
     return x.new_empty(x.shape[0], layout[0])
 
@@ -63,9 +68,9 @@ def run(
     bias: Tensor | None,
     layout: Layout,
     setting: Setting,
-    added: tuple[Tensor, Tensor] | None = None,
+    added: tuple[Tensor, Tensor, Sequence[int]] | None = None,
 ) -> Tensor:
-    """What `multiply` does, with a given setting; added: left and right."""
+    """What `multiply` does, with a given setting; added: left, right and edges."""
     rows, out = len(x), layout.out
     y = x.new_empty(rows, out)
     if y.numel() == 0:
@@ -75,20 +80,21 @@ def run(
     splits = triton.cdiv(blocks, per)
     sums = y if splits == 1 else x.new_empty(splits, rows, out, dtype=torch.float32)
     offset, last = scale if zero is None else zero, x if bias is None else bias
-    parts, inner, left, right, rank, heads = x, x, x, x, 0, 0
+    parts, inner, left, right, rank, ranks, heads, edges = x, x, x, x, 0, 0, 0, [NEVER, NEVER]
     if added is not None:
-        (left, right), rank = added, len(added[0])
+        left, right, (*edges,) = added
+        edges, rank, ranks = [*edges, NEVER, NEVER], len(left), len(right)
         heads = triton.cdiv(layout.columns, NARROW * RUNS)
-        inner = x.new_empty(rows, rank)
-        parts = x.new_empty(heads, rows, rank, dtype=torch.float32)
+        inner = x.new_empty(rows, ranks)
+        parts = x.new_empty(heads, rows, ranks, dtype=torch.float32)
     tiles, batches = triton.cdiv(out, setting.rows), triton.cdiv(rows, setting.batch)
     assert batches <= TILES or (splits == 1 and not rank), (rows, setting)
     with torch.cuda.device_of(x):
         code.multiply[heads + tiles, splits, batches](
             x, codes, counts, scale, offset, last, parts, inner, left, right, sums, y,
-            counts[layout.tiles :], heads, layout.runs, rows, out, layout.columns,
+            counts[layout.tiles :], heads, *edges[:2], layout.runs, rows, out, layout.columns,
             layout.padded, per, layout.bits, layout.chunk, layout.group, layout.zero,
-            bias is not None, rank, layout.columns % layout.block == 0, setting.rows,
+            bias is not None, rank, ranks, layout.columns % layout.block == 0, setting.rows,
             setting.batch, splits > 1, NARROW, RUNS, not INTERPRETED, setting.warps,
             num_warps=setting.warps, num_stages=setting.stages,
         )  # fmt: skip

@@ -30,6 +30,7 @@ class Fused(Kernel):
     zero: Tensor | None
     left: Tensor | None  # [rank, out], [rank, in]: factors that are added in the same launch
     right: Tensor | None
+    edges: list[int] | None = None  # of layers that were joined, as launch.multiply has them
 
     def __init__(self, part: Quantized) -> None:
         super().__init__(part.shape)
@@ -78,7 +79,7 @@ class Fused(Kernel):
             )
         if x.shape[0] < ROWS and not (x.requires_grad and torch.is_grad_enabled()):
             first = (self.codes, self.counts, self.scale, self.zero, bias)
-            return launch.multiply(x, *first, list(self.layout), self.left, self.right)
+            return launch.multiply(x, *first, list(self.layout), self.left, self.right, self.edges)
         (out, columns), pieces = self.shape, []
         step = max(1, DEVICE_TILE // columns)
         for start in range(0, out, step):
