@@ -49,9 +49,9 @@ def throughput(result: dict[str, Any]) -> Table:
     lines = []
     for row in result["rows"]:
         rate = row["tokens"] / row["seconds"]
-        cells = [str(row["blocks"]), number(row["seconds"], 1), number(row["block_s"], 2)]
-        cells += [number(row["extrapolated_s"], 0), number(rate, 0)]
-        cells += [number(row[key], 2) for key in ("peak_gpu_gib", "predicted_gib")]
+        cells = [str(row["blocks"]), number(row["seconds"], 1), number(row.get("block_s"), 2)]
+        cells += [number(row.get("extrapolated_s"), 0), number(rate, 0)]
+        cells += [number(row.get(key), 2) for key in ("peak_gpu_gib", "predicted_gib")]
         lines.append([row["label"], *cells])
     names = ("run", "blocks", "seconds", "s a block", "s for all blocks", "tokens/s")
     return (*names, "peak GiB", "planned GiB"), lines

@@ -17,6 +17,7 @@ import itertools
 import json
 import shutil
 import statistics
+import subprocess
 import threading
 import time
 from collections import defaultdict
@@ -76,6 +77,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="*", default=[], help=f"of {', '.join(ROWS)}")
     parser.add_argument("--blocks", type=int, help="of the model that is compressed")
     parser.add_argument("--phases", action="store_true", help="waits at every phase; 3 blocks")
+    parser.add_argument(
+        "--peer",
+        help="python with llm-compressor: its GPTQ, then ours, of the same model, in turns",
+    )
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--device", default="cuda")
@@ -335,6 +340,36 @@ def rates(
     return found
 
 
+def peer(row: str, options: argparse.Namespace) -> common.Row:
+    """Seconds of llm-compressor's GPTQ for the model of a row; it saves nothing."""
+    shape = SHAPES[row.split("-", 1)[0]]
+    blocks = options.blocks or shape.measured
+    model = write_model(
+        options.work / f"{row.split('-')[0]}-{blocks}", shape, blocks, options.device
+    )
+    report = options.work / "peer.json"
+    call = [options.peer, str(common.REPOSITORY / "benchmarks/peers/llm_compressor.py"), str(model)]
+    # its tokens are the bytes of a text, as many as ours
+    call += ["--text", str(common.SHARED / "data/c4_calibration.txt"), "--group", "128"]
+    call += ["--samples", str(options.samples), "--length", str(options.length)]
+    done = subprocess.run(
+        [*call, "--device", "cuda", "--json", str(report)], text=True, check=False,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(done.stdout[-3000:])
+    found = json.loads(report.read_text("utf-8"))
+    seconds = found["seconds"]["oneshot"]
+    return {
+        "blocks": blocks,
+        "tokens": options.samples * options.length,
+        "seconds": seconds,
+        "peak_gpu_gib": found["peak_cuda_bytes"] / GIB,
+        "versions": found["versions"],
+        "ours": False,
+    }
+
+
 def rounded(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.4g}")
@@ -359,6 +394,11 @@ def main() -> None:
         if results.find({"label": label}):
             print(f"{label}: there", flush=True)
             continue
+        if options.peer:
+            row = {"label": f"llm-compressor of {label}"} | rounded(peer(name, options))
+            results.append(row)
+            print(json.dumps(row), flush=True)
+            label += ", beside llm-compressor"
         row = {"label": label} | rounded(compress(name, options))
         results.append(row)
         print(json.dumps(row), flush=True)
