@@ -37,6 +37,17 @@ def test_a_fixed_cache_gives_the_same_tokens(name: str, tmp_path: Path) -> None:
     assert torch.equal(torch.stack(list(stream(model, ids, 12)), 1), wanted)
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_inference_mode_changes_nothing(name: str, tmp_path: Path) -> None:
+    model, ids = opened(name, tmp_path), tiny_tokens(3, 9)
+    wanted = tokens(Static(model, 3, 21), ids, 12)
+    with torch.inference_mode():
+        inside, given = Static(model, 3, 21), ids.clone()
+        assert torch.equal(tokens(inside, given, 12), wanted)
+    with torch.no_grad():
+        assert torch.equal(tokens(Static(model, 3, 21), given, 12), wanted)
+
+
 def test_logits_do_not_see_free_places(tmp_path: Path) -> None:
     model, ids = opened("llama", tmp_path), tiny_tokens(2, 5)
     forward, longer = Static(model, 2, 8), Static(model, 2, 64)

@@ -42,10 +42,9 @@ class Static:
         on = {"device": model.device, "dtype": torch.int64}
         room = -(-length // EVEN) * EVEN
         self.model, self.length, self.seen, self.apart = model, length, 0, apart
-        self.compiled = compiled
         self.forward = torch.compile(model, dynamic=False) if compiled else model
-        self.cache = StaticCache(config=model.config, max_cache_len=room)
         with torch.inference_mode(False):  # or only inference mode could change them
+            self.cache = StaticCache(config=model.config, max_cache_len=room)
             self.token, self.position = torch.zeros(batch, 1, **on), torch.zeros(1, 1, **on)
             self.places = torch.arange(room, **on)
         self.least = torch.finfo(model.dtype).min
@@ -87,15 +86,22 @@ class Static:
         """One token further; all that changes lies in tensors that stay where they are."""
         # made here, not by transformers, whose ways to leave masks out look at values
         hidden = (self.places > self.position).to(self.model.dtype) * self.least
-        with attending(self.model):
-            out = self.forward(
-                input_ids=self.token,
-                position_ids=self.position.expand_as(self.token),
-                attention_mask=hidden.expand(len(self.token), 1, 1, -1),
-                past_key_values=self.cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
+        try:
+            with attending(self.model):
+                out = self.forward(
+                    input_ids=self.token,
+                    position_ids=self.position.expand_as(self.token),
+                    attention_mask=hidden.expand(len(self.token), 1, 1, -1),
+                    past_key_values=self.cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
+        except torch._dynamo.exc.TorchDynamoException as error:
+            cause = " ".join(str(error).partition("\n\n")[0].split())  # then come torch's own hints
+            raise ValueError(
+                f"torch cannot compile a step of this model here\n{cause or type(error).__name__}\n"
+                "leave compiling out, or see to what is missing: it needs a C compiler"
+            ) from error
         self.position.add_(1)
         return out.logits[:, -1]
 
@@ -113,13 +119,22 @@ class Static:
 
 def applies(model: PreTrainedModel, batch: int, count: int) -> bool:
     """Is a step of this model a graph that pays?"""
-    return (
-        model.device.type == "cuda"
-        and batch <= WIDEST
-        and count >= LEAST
-        and holds(model)
-        and len({parameter.device for parameter in model.parameters()}) == 1
-    )
+    return hindrance(model, batch, count) is None
+
+
+def hindrance(model: PreTrainedModel, batch: int, count: int) -> str | None:
+    """Why `count` steps of `batch` windows do not become a graph; None where they do."""
+    if model.device.type != "cuda":
+        return f"the model is on {model.device.type}, not on a CUDA device"
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        return "the model lies on several devices"
+    if batch > WIDEST:
+        return f"{batch} windows at once, {WIDEST} at most"
+    if count < LEAST:
+        return f"{count} tokens to write, {LEAST} at least"
+    if not holds(model):
+        return f"{model.config.model_type} has caches, masks or experts that no graph holds"
+    return None
 
 
 def holds(model: PreTrainedModel) -> bool:
