@@ -122,6 +122,12 @@ def test_it_goes_back_on_errors_and_leaves_eager_alone(tmp_path: Path) -> None:
         assert ALL_ATTENTION_FUNCTIONS["sdpa"] is other
     finally:
         del ALL_ATTENTION_FUNCTIONS["sdpa"]
+    threads = [attending(model), attending(model)]  # the first to begin is the first to end
+    for thread in threads:
+        thread.__enter__()
+    for thread in threads:
+        thread.__exit__(None, None, None)
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
     model.config._attn_implementation = "eager"
     with attending(model):
         assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward

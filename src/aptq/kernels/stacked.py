@@ -47,7 +47,7 @@ class Stacked(nn.Module):
             self.biases[index] = bias
             self.drop()
         version = None
-        # a tracer knows tensors as we do, but no versions
+        # a tracer tells tensors apart but knows no versions: traced code may not change x between
         if not torch.compiler.is_compiling():
             if x.is_inference():  # counts no versions: what is kept might be of older contents
                 return self._pieces(rows)[index]

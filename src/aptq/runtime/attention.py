@@ -64,7 +64,7 @@ def attending(model: PreTrainedModel) -> Iterator[None]:
     try:
         yield
     finally:
-        if before is None:
-            del local[NAME]
+        if before in (None, grouped):  # ours: of another thread's step, which may end before
+            local.pop(NAME, None)
         else:
             local[NAME] = before
