@@ -2,7 +2,8 @@
 
 Weights never leave the device: no checkpoint and no compression, only speed and memory.  Both
 models decode through one CUDA graph a token, plainly and with the rest of the step compiled by
-torch; every pair is measured in one process.
+torch; every pair is measured in one process.  Packed layers that read the same input run as one
+product; --apart measures them one by one.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from torch import nn
 MODEL = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336}
 MODEL |= {"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192}
 LOW, HIGH = "int3-g128", "int4-g128"
+SIBLINGS = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "glu", "up_proj": "glu"}
 PROTOCOL = (
     "random weights, prompt of 64 tokens, then --tokens tokens a sequence through a CUDA graph, "
     "greedy; seconds between device synchronisations, best of 3; memory = allocated after loading; "
-    "linears of the blocks are packed, head and embedding stay bf16"
+    "linears of the blocks are packed, head and embedding stay bf16; q, k and v have the same "
+    "grid, gate and up too, and run stacked unless the label says apart"
 )
 
 
@@ -37,6 +40,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--plain", action="store_true", help="leave out the compiled rows")
+    parser.add_argument(
+        "--apart", action="store_true", help="a product for each layer, packed ones not stacked"
+    )
     parser.add_argument("--only", default="", help="rows whose label holds this text")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny shapes, to try the script")
@@ -83,7 +89,10 @@ def random_factors(rank: int, shape: tuple[int, int], device: str) -> object:
 
 
 def pack(model: nn.Module, bits: float, rank: int) -> float:
-    """Replace the blocks' linears; bits a weight of the codes, the closest to `bits`."""
+    """Replace the blocks' linears; bits a weight of the codes, the closest to `bits`.
+
+    Layers with the same input get the same grid, as engines ask that join them, vLLM among them.
+    """
     from aptq.core.grid import Grid
     from aptq.runtime.linear import PackedLinear
 
@@ -93,9 +102,13 @@ def pack(model: nn.Module, bits: float, rank: int) -> float:
         if isinstance(module, nn.Linear) and path != "lm_head"
     ]
     nbytes = weights = 0
+    text, last = HIGH, ""
     for path, linear in linears:
         shape = tuple(linear.weight.shape)
-        text = LOW if 8 * nbytes >= bits * weights else HIGH
+        parent, _, name = path.rpartition(".")
+        group = f"{parent}.{SIBLINGS.get(name, name)}"
+        if group != last:
+            text, last = LOW if 8 * nbytes >= bits * weights else HIGH, group
         nbytes += Grid.parse(text).nbytes(shape)
         weights += shape[0] * shape[1]
         parts = [random_part(text, shape, linear.weight.device)]
@@ -109,7 +122,7 @@ def pack(model: nn.Module, bits: float, rank: int) -> float:
 
 @torch.inference_mode()
 def tokens_per_second(
-    model: nn.Module, batch: int, count: int, device: str, compiled: bool
+    model: nn.Module, batch: int, count: int, device: str, compiled: bool, apart: bool
 ) -> float:
     from aptq.runtime.graph import Static
 
@@ -119,7 +132,7 @@ def tokens_per_second(
         if device.startswith("cuda"):
             torch.cuda.synchronize(device)
 
-    forward = Static(model, batch, 64 + 4 + 3 * count, compiled=compiled)
+    forward = Static(model, batch, 64 + 4 + 3 * count, compiled=compiled, apart=apart)
     token = forward(ids).argmax(-1, keepdim=True)
     for _ in range(4):  # kernels, then the graph
         token = forward(token).argmax(-1, keepdim=True)
@@ -146,6 +159,7 @@ def measure(
             label = f"{kind}, {options.blocks} blocks, batch {batch}, " + (
                 "compiled" if compiled else "plain"
             )
+            label += ", apart" if options.apart and bits < 16 else ""
             if options.only in label and results.find({"label": label}) is None:
                 wanted.append((label, batch, compiled))
     if not wanted:
@@ -158,10 +172,13 @@ def measure(
         torch.cuda.empty_cache()
         held = round(torch.cuda.memory_allocated() / 2**30, 3)
     for label, batch, compiled in wanted:
-        speed = tokens_per_second(model, batch, options.tokens, options.device, compiled)
+        speed = tokens_per_second(
+            model, batch, options.tokens, options.device, compiled, options.apart
+        )
         row: common.Row = {"label": label, "bpw": round(built, 4), "memory_gib": held}
         row |= {"tokens_per_second": round(speed, 2), "milliseconds": round(1e3 * batch / speed, 4)}
-        base = results.find({"label": "bf16" + label[label.index(",") :]})
+        place = label[label.index(",") :].removesuffix(", apart")
+        base = results.find({"label": "bf16" + place})
         row["ratio_to_bf16"] = round(speed / base["tokens_per_second"], 3) if base else None
         results.append(row)
         print(row, flush=True)

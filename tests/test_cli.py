@@ -133,6 +133,7 @@ OPTIONS = {
     "compare": {*EXAM, "--html"},
     "generate": {
         *COMMON,
+        "--compile",
         "--device",
         "--raw",
         "--revision",
@@ -298,6 +299,12 @@ def test_generate_is_deterministic(compressed: Path) -> None:
     assert texts[0] == texts[1] != texts[2]
     assert run("generate", compressed, "Hello", "--tokens", "2", "--raw").exit_code == 0
     assert run("generate", compressed, "").exit_code == 2
+
+
+def test_generate_says_why_it_cannot_compile(compressed: Path) -> None:
+    done = run("generate", compressed, "Hello", "--compile", "--device", "cpu")
+    assert done.exit_code == 2
+    assert "steps cannot be compiled\nthe model is on cpu, not on a CUDA device\n" in done.output
 
 
 def test_info_shows_what_is_stored(compressed: Path) -> None:

@@ -4,15 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from aptq.core.grid import Grid
-from aptq.core.parts import nearest_part
-from aptq.kernels.triton.layer import Fused
 from aptq.runtime.generate import Growing, stream
 from aptq.runtime.graph import Static, applies, holds
-from aptq.runtime.linear import PackedLinear
 from aptq.runtime.load import load
+from tests.runtime.fused import MIXED, fused_model
 from tests.store.packed import pack
 from tests.tiny import tiny_model, tiny_tokens
 
@@ -40,6 +37,17 @@ def test_a_fixed_cache_gives_the_same_tokens(name: str, tmp_path: Path) -> None:
     assert torch.equal(torch.stack(list(stream(model, ids, 12)), 1), wanted)
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_inference_mode_changes_nothing(name: str, tmp_path: Path) -> None:
+    model, ids = opened(name, tmp_path), tiny_tokens(3, 9)
+    wanted = tokens(Static(model, 3, 21), ids, 12)
+    with torch.inference_mode():
+        inside, given = Static(model, 3, 21), ids.clone()
+        assert torch.equal(tokens(inside, given, 12), wanted)
+    with torch.no_grad():
+        assert torch.equal(tokens(Static(model, 3, 21), given, 12), wanted)
+
+
 def test_logits_do_not_see_free_places(tmp_path: Path) -> None:
     model, ids = opened("llama", tmp_path), tiny_tokens(2, 5)
     forward, longer = Static(model, 2, 8), Static(model, 2, 64)
@@ -59,28 +67,11 @@ def test_models_that_route_on_the_host_are_left_out(tmp_path: Path) -> None:
     assert not holds(load(folder))
 
 
-def fused_model() -> PreTrainedModel:
-    """A small Llama whose linears run in the GPU kernels, of 3 and of 4 bits."""
-    sizes = {"vocab_size": 300, "hidden_size": 256, "intermediate_size": 512}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, initializer_range=0.2)).eval()
-    model = model.requires_grad_(False).cuda().bfloat16()
-    for number, (path, linear) in enumerate([*model.model.named_modules()]):
-        if isinstance(linear, torch.nn.Linear):
-            grid = Grid.parse(("int4-g64-z", "int3-g128")[number % 2])
-            packed = PackedLinear([nearest_part(linear.weight.float(), grid)])
-            packed.prepare(torch.bfloat16)
-            assert isinstance(packed.parts[0], Fused)
-            model.set_submodule(f"model.{path}", packed)
-    return model
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("batch", [1, 4])
 def test_graphs_of_the_gpu_kernels(batch: int) -> None:
     pytest.importorskip("triton")
-    model, ids = fused_model(), tiny_tokens(batch, 9).cuda()
+    model, ids = fused_model(MIXED, "cuda"), tiny_tokens(batch, 9).cuda()
     assert applies(model, batch, 24)
     eager, graphed = Static(model, batch, 33), Static(model, batch, 33)
     eager.captures = False

@@ -14,6 +14,9 @@ def generate(
     tokens: Annotated[int, typer.Option(help="Most tokens to write")] = 64,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the draws at a temperature")] = 0,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="torch.compile the steps: GPU, slow to begin")
+    ] = False,
     raw: Annotated[bool, typer.Option("--raw", help="Leave out the chat template")] = False,
     device: Device = "auto",
     revision: Revision = None,
@@ -28,7 +31,15 @@ def generate(
 
         quiet_libraries()
         ready = open_any(model, find_device(device), revision=revision)
-        pieces = write(*ready, prompt, tokens, chat=not raw, temperature=temperature, seed=seed)
+        pieces = write(
+            *ready,
+            prompt,
+            tokens,
+            chat=not raw,
+            temperature=temperature,
+            seed=seed,
+            compiled=compiled,
+        )
         if as_json:
             print_json({"model": model, "prompt": prompt, "text": "".join(pieces)})
             return

@@ -39,6 +39,13 @@ class Kernel(nn.Module, ABC):
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [rows, in] -> [rows, out]."""
 
+    def begin(self, x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
+        """As forward(rows, bias) in the first place of a layer; x [..., in] is the layer's input.
+
+        `rows` are made of x anew for every layer: only x tells that layers have the same input.
+        """
+        return self.forward(rows, bias)
+
     def absorb(self, other: "Kernel") -> bool:
         """From now on add what `other` computes, if one call can do both; is it taken over?"""
         return False

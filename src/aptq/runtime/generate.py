@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from aptq.runtime.graph import Static, applies
+from aptq.runtime.graph import Static, hindrance
 
 
 class Growing:
@@ -30,14 +30,22 @@ def stream(
     *,
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
+    compiled: bool = False,
 ) -> Iterator[Tensor]:
     """Yield `count` times the next token ids int64 [batch] after `ids` [batch, length], no padding.
 
     temperature 0 takes the most likely token; otherwise `generator` (on the CPU, so that a seed
-    gives the same draws on every device) is required.
+    gives the same draws on every device) is required.  compiled: torch.compile the steps; raises
+    ValueError where they are no graph.
     """
-    graphs = applies(model, len(ids), count)
-    forward = Static(model, len(ids), ids.shape[1] + count) if graphs else Growing(model)
+    forward: Static | Growing
+    reason = hindrance(model, len(ids), count)
+    if reason is None:
+        forward = Static(model, len(ids), ids.shape[1] + count, compiled=compiled)
+    elif compiled:
+        raise ValueError(f"steps cannot be compiled\n{reason}\nleave compiling out")
+    else:
+        forward = Growing(model)
     step = ids.to(model.device)
     for _ in range(count):
         logits = forward(step).float()
@@ -116,11 +124,12 @@ def write(
     chat: bool = True,
     temperature: float = 0.0,
     seed: int = 0,
+    compiled: bool = False,
 ) -> Iterator[str]:
     """Yield the continuation of `prompt` piece by piece, until the model ends it or `count` tokens.
 
     With `chat` the prompt becomes a user's message where the tokenizer has a chat template.
-    Raises ValueError for a prompt without tokens.
+    Raises ValueError for a prompt without tokens, and where steps cannot be compiled but shall.
     """
     templated = chat and tokenizer.chat_template is not None
     if templated:
@@ -134,7 +143,10 @@ def write(
     stops = {ends} if isinstance(ends, int) else set(ends or ())
     written: list[int] = []
     shown = ""
-    for token in stream(model, ids, count, temperature=temperature, generator=generator):
+    drawn = stream(
+        model, ids, count, temperature=temperature, generator=generator, compiled=compiled
+    )
+    for token in drawn:
         if int(token) in stops:
             break
         written.append(int(token))

@@ -70,7 +70,7 @@ class PackedLinear(Packed):
             # not by iteration over the list nor through __call__: their microseconds count where a
             # token takes hundreds of products
             assert isinstance(kernel, Kernel)
-            y = kernel.forward(rows, self.bias) if y is None else y + kernel.forward(rows)
+            y = kernel.begin(x, rows, self.bias) if y is None else y + kernel.forward(rows)
         assert y is not None
         return y.view(*x.shape[:-1], self.out_features)
 
