@@ -25,7 +25,7 @@ SIBLINGS = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "glu
 PROTOCOL = (
     "random weights, prompt of 64 tokens, then --tokens tokens a sequence through a CUDA graph, "
     "greedy; seconds between device synchronisations, best of 3; memory = allocated after loading; "
-    "linears of the blocks are packed, head and embedding stay bf16; q, k and v have the same "
+    "linears of the blocks are packed, the embedding stays bf16, the head unless named; q, k and v have the same "
     "grid, gate and up too, and run stacked unless the label says apart"
 )
 
@@ -43,6 +43,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--apart", action="store_true", help="a product for each layer, packed ones not stacked"
     )
+    parser.add_argument("--head", default="", help="grid of the head, which stays bf16 without")
     parser.add_argument("--only", default="", help="rows whose label holds this text")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny shapes, to try the script")
@@ -88,7 +89,7 @@ def random_factors(rank: int, shape: tuple[int, int], device: str) -> object:
     return LowRank(*(Dense(side) for side in made))
 
 
-def pack(model: nn.Module, bits: float, rank: int) -> float:
+def pack(model: nn.Module, bits: float, rank: int, head: str = "") -> float:
     """Replace the blocks' linears; bits a weight of the codes, the closest to `bits`.
 
     Layers with the same input get the same grid, as engines ask that join them, vLLM among them.
@@ -117,6 +118,10 @@ def pack(model: nn.Module, bits: float, rank: int) -> float:
         packed = PackedLinear(parts)
         packed.prepare(torch.bfloat16)
         model.set_submodule(path, packed)
+    if head:
+        shape, device = tuple(model.lm_head.weight.shape), model.lm_head.weight.device
+        model.lm_head = PackedLinear([random_part(head, shape, device)])
+        model.lm_head.prepare(torch.bfloat16)
     return 8 * nbytes / weights
 
 
@@ -156,29 +161,27 @@ def measure(
         for batch in options.batch:
             kind = f"{bits:.2f} bits" if bits < 16 else "bf16"
             kind += f" + rank {rank}" if rank else ""
-            label = f"{kind}, {options.blocks} blocks, batch {batch}, " + (
-                "compiled" if compiled else "plain"
-            )
-            label += ", apart" if options.apart and bits < 16 else ""
+            kind += f", head {options.head}" if options.head and bits < 16 else ""
+            place = f"{options.blocks} blocks, batch {batch}, {('plain', 'compiled')[compiled]}"
+            label = f"{kind}, {place}" + (", apart" if options.apart and bits < 16 else "")
             if options.only in label and results.find({"label": label}) is None:
-                wanted.append((label, batch, compiled))
+                wanted.append((label, place, batch, compiled))
     if not wanted:
         return
     model = random_model(options)
-    built = pack(model, bits, rank) if bits < 16 else 16.0
+    built = pack(model, bits, rank, options.head) if bits < 16 else 16.0
     gc.collect()
     held = None
     if options.device.startswith("cuda"):
         torch.cuda.empty_cache()
         held = round(torch.cuda.memory_allocated() / 2**30, 3)
-    for label, batch, compiled in wanted:
+    for label, place, batch, compiled in wanted:
         speed = tokens_per_second(
             model, batch, options.tokens, options.device, compiled, options.apart
         )
         row: common.Row = {"label": label, "bpw": round(built, 4), "memory_gib": held}
         row |= {"tokens_per_second": round(speed, 2), "milliseconds": round(1e3 * batch / speed, 4)}
-        place = label[label.index(",") :].removesuffix(", apart")
-        base = results.find({"label": "bf16" + place})
+        base = results.find({"label": f"bf16, {place}"})
         row["ratio_to_bf16"] = round(speed / base["tokens_per_second"], 3) if base else None
         results.append(row)
         print(row, flush=True)
