@@ -25,8 +25,8 @@ SIBLINGS = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "glu
 PROTOCOL = (
     "random weights, prompt of 64 tokens, then --tokens tokens a sequence through a CUDA graph, "
     "greedy; seconds between device synchronisations, best of 3; memory = allocated after loading; "
-    "linears of the blocks are packed, the embedding stays bf16, the head unless named; q, k and v have the same "
-    "grid, gate and up too, and run stacked unless the label says apart"
+    "linears of the blocks are packed, the embedding stays bf16, the head unless named; q, k "
+    "and v have the same grid, gate and up too, and run stacked unless the label says apart"
 )
 
 
