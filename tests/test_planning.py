@@ -10,7 +10,7 @@ import torch
 from aptq.core.plan import Plan
 from aptq.core.problem import code_bits
 from aptq.core.scores import Scores
-from aptq.effort import CANDIDATE, _measuring, effort
+from aptq.effort import CANDIDATE, WAITING, _ahead, _measuring, effort
 from aptq.engine.data import Data
 from aptq.engine.stage import methods
 from aptq.failures import Infeasible
@@ -154,6 +154,30 @@ def test_the_larger_of_two_walks_is_planned_for(
     assert needs().memory == sum(before.values()) + 10**9 - (1 << 10)
     assert needs().host > 1 << 30
     assert effort(model, wanted, choice.plan, choice.nbytes, CPU).host == 0
+
+
+def test_factors_of_experts_that_wait_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four experts of 48 and 40 columns, on a GPU alone; a model without experts has none."""
+    wanted = recipe("", "[[stage]]\nuse = 'gptq'\n")
+    moe = Model.open(tiny_model("mixtral", tmp_path, torch.bfloat16))
+    plan = choose(moe, recipe("", "[[stage]]\nuse = 'rtn'\n")).plan
+    monkeypatch.setattr("aptq.effort.batch_windows", lambda *_: 0)  # the same moment is the peak
+    assert _ahead(moe, plan, CUDA) == 4 * 48**2
+    assert _ahead(moe, plan, CPU) == 0
+
+    def needed() -> int:
+        parts = effort(moe, wanted, plan, 0, CUDA).parts
+        return parts["factorisation"] + parts["rounding"]
+
+    monkeypatch.setattr("aptq.effort.BATCH", 1000)
+    assert needed() == 1000 * 4 * 48**2
+    monkeypatch.setattr("aptq.effort.BATCH", 0)
+    waiting = needed()
+    monkeypatch.setattr("aptq.effort.FEWEST", 5)
+    assert _ahead(moe, plan, CUDA) == 0
+    assert waiting - needed() == WAITING * 4 * 48**2
 
 
 def test_the_originals_stream_is_counted() -> None:

@@ -5,6 +5,7 @@ rates below, so they are right within a factor of two at best.
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ from aptq.planning import (
     wants_scores,
 )
 from aptq.recipe import Recipe
+from aptq.stats.ahead import FEWEST, ahead_count
 
 PROGRAM = 300 << 20  # bytes of anonymous memory after the imports, tokenizer included (measured)
 HOST = 1500 << 20  # the same at the end of a run on a GPU, with CUDA's libraries: 1.35 to 1.62 GiB
@@ -33,6 +35,9 @@ FACTOR = 32  # bytes for each element of a Hessian while it is factorised: its m
 # float64 beside mean and factor; and what is left of them while columns are rounded; right within
 # 4 % for the peaks in benchmarks/results/throughput-cuda.json
 DEVICE_FACTOR, CORRECTION, LEFT = 22, 44, 12
+# where experts are factored ahead: for an element of one that waits, and of one that is made (by
+# what the code holds, not measured)
+WAITING, BATCH = 8, 20
 # while candidates are measured, of a Hessian's elements and of a candidate's weights: fitted there
 MEASURING, CANDIDATE = 35, 24
 SWEEP = 16  # bytes a weight while a layer is rounded: residual, errors, result, codes
@@ -128,19 +133,21 @@ def _on_gpu(
     drifts = any(stage.original for stage in recipe.stages)
     if parts["factorisation"]:
         most, left = (CORRECTION, LEFT + 4) if drifts else (DEVICE_FACTOR, LEFT)
-        found = []
+        held = _ahead(model, plan, device)
+        found = [(BATCH * held, 0)]
         for shapes in _rounded(model, plan):
             square = shapes[0][1] ** 2
             swept = ROW_BYTES * together(shapes, device)
             # one follows the other
             alone = most * square > left * square + swept
             found.append((most * square, 0) if alone else (left * square, swept))
+            found[-1] = (found[-1][0] + WAITING * held, found[-1][1])
         parts["factorisation"], parts["rounding"] = max(found, key=sum)
         # inputs are copied for the sums; those of the original wait for the block's own
         parts["activations of a batch"] += row * wide * (2 if drifts else 1)
     first, second = ("factorisation", "rounding"), ("activations of a batch",)
-    held = [sum(parts[name] for name in names) for names in (first, second)]
-    for name in second if held[0] > held[1] else first:
+    total = [sum(parts[name] for name in names) for names in (first, second)]
+    for name in second if total[0] > total[1] else first:
         parts[name] = 0  # the others are there at another time, and larger
 
 
@@ -173,6 +180,21 @@ def _rounded(model: Model, plan: Plan) -> list[list[tuple[int, int]]]:
                 if shapes not in found:
                     found.append(shapes)
     return found
+
+
+def _ahead(model: Model, plan: Plan, device: torch.device) -> int:
+    """Most elements of the Hessians of a block's experts that are factored together."""
+    most = 0
+    for index in range(model.blocks):
+        counts: Counter[tuple[tuple[str, ...], int]] = Counter()
+        for group in model.groups(index):
+            paths = list(group.layers.values())
+            if any(not plan.targets[path].kept for path in paths):
+                counts[tuple(group.layers), model.shapes[paths[0]][1]] += 1
+        for (_, size), count in counts.items():
+            room = min(count, ahead_count(size, device))
+            most = max(most, size**2 * room * (room >= FEWEST))
+    return most
 
 
 def _tuned(model: Model, stage: Stage) -> int:

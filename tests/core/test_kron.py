@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from aptq.core import linalg
 from aptq.core.grid import Grid
 from aptq.core.kron import head_factors, sweep_rows
 from aptq.core.rounding import Scales, fit, snap
@@ -141,3 +142,23 @@ def test_head_factors_inverts_and_counts_rescues() -> None:
     U, fallbacks = head_factors(bad, 0.0)
     assert torch.equal(U[1], torch.eye(SIZE))
     assert fallbacks == 1
+
+
+def test_head_factors_are_made_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads of one size go to the batch; the one that fails there climbs and is counted."""
+    alone = list[Tensor]()
+    plain = linalg.damped_factor
+
+    def counted(hessian: Tensor, *rest: object, **more: object) -> object:
+        alone.append(hessian)
+        return plain(hessian, *rest, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(linalg, "damped_factor", counted)
+    outer = spd(5, SIZE, 0).float()
+    outer[3] = 1.0
+    U, fallbacks = head_factors(outer, 0.0)
+    assert fallbacks == 1
+    assert [int(one[0, 1] == one[0, 0]) for one in alone] == [1]
+    good = [0, 1, 2, 4]
+    unit = U[good].mT @ U[good] @ outer[good]
+    torch.testing.assert_close(unit, torch.eye(SIZE).expand(4, -1, -1), rtol=0, atol=1e-3)

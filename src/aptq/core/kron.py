@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from aptq.core.linalg import damped_factor
+from aptq.core.linalg import damped_factors
 from aptq.core.sweep import ColumnRule, Swept, sweep
 
 
@@ -21,13 +21,10 @@ def head_factors(sides: Tensor, damp: float, *, order: Tensor | None = None) -> 
     Also returns how many heads needed a rescue; one that cannot be factored gets the identity, so
     that no error is fed along this side.
     """
-    found, fallbacks = [], 0
-    for head, matrix in enumerate(sides):
-        factor, damping = damped_factor(matrix, damp, order=None if order is None else order[head])
-        fallbacks += damping.fallbacks > 0
-        eye = torch.eye(len(matrix), dtype=torch.float32, device=matrix.device)
-        found.append(eye if factor is None else factor.inner)
-    return torch.stack(found), fallbacks
+    found = damped_factors(sides, damp, order)
+    eye = torch.eye(sides.shape[1], dtype=torch.float32, device=sides.device)
+    factors = [eye if factor is None else factor.inner for factor, _ in found]
+    return torch.stack(factors), sum(damping.fallbacks > 0 for _, damping in found)
 
 
 def sweep_rows(

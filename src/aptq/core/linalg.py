@@ -4,6 +4,7 @@ With J the reversal of rows, J H J = L L^T gives U = J L^-1 J, upper, with H^-1 
 Cholesky and one triangular inverse, and the ill-conditioned inverse itself is never formed.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,10 @@ from torch import Tensor
 
 LEAF = 128  # triangular inverses up to this size go to LAPACK directly
 DEVICE_LEAF = 512  # and on a GPU, where launches cost more than their work
+BATCH_BYTES = 256 << 20  # of matrices that are factored at once; three copies come on top
+# up to these sizes a batch is faster than one after another (docs/log.md): a large matrix fills a
+# GPU, and a CPU inverts it by halves faster than by a batch of triangular solves
+BATCHED, DEVICE_BATCHED = 128, 2048
 
 
 class Factor(NamedTuple):
@@ -74,6 +79,77 @@ def damped_factor(
                 return Factor(inner), Damping(share, floor, fallbacks, dead, rung)
             fallbacks += 1
     return None, Damping(damp, 0.0, fallbacks, dead, "not positive")
+
+
+def batch_count(size: int, device: torch.device) -> int:
+    """How many matrices [size, size] are factored at once; 1 where one by one is no slower."""
+    limit = DEVICE_BATCHED if device.type == "cuda" else BATCHED
+    return max(1, BATCH_BYTES // (4 * size * size)) if size <= limit else 1
+
+
+def damped_factors(
+    hessians: Sequence[Tensor] | Tensor,
+    damp: float = 0.01,
+    orders: Sequence[Tensor] | Tensor | None = None,
+) -> list[tuple[Factor | None, Damping]]:
+    """`damped_factor` of every H [n, n] of hessians [k, n, n], many at once where that is faster.
+
+    orders: LongTensor [k, n], the column order of each.  Matrices for which the first rung is not
+    enough climb the ladder one by one.
+    """
+    found: list[tuple[Factor | None, Damping]] = []
+    room = batch_count(len(hessians[0]), hessians[0].device) if len(hessians) else 1
+    for start in range(0, len(hessians), room):
+        some = hessians[start : start + room]
+        ways = None if orders is None else orders[start : start + room]
+        tried = _first_rung(some, damp, ways) if len(some) > 1 else [None]
+        for number, held in enumerate(tried):
+            order = None if ways is None else ways[number]
+            found.append(held or damped_factor(some[number], damp, order=order))
+    return found
+
+
+def _first_rung(
+    hessians: Sequence[Tensor] | Tensor, damp: float, orders: Sequence[Tensor] | Tensor | None
+) -> list[tuple[Factor, Damping] | None]:
+    """Factors of hessians [k, n, n] damped once, None where that is not enough.
+
+    The host waits for the device once; each factor has memory of its own.
+    """
+    H, finite, dead = _damped_once(hessians, damp)
+    if orders is None:
+        H = H.flip(1, 2)
+    else:
+        back = torch.stack(list(orders)).flip(1)
+        H = H[torch.arange(len(H), device=H.device)[:, None, None], back[:, :, None], back[:, None]]
+    H, info = torch.linalg.cholesky_ex(H)
+    eye = torch.eye(H.shape[1], device=H.device)
+    H = torch.linalg.solve_triangular(H, eye, upper=False)
+    good = finite & (info == 0) & H.sum((1, 2)).isfinite()
+    good &= H.diagonal(dim1=1, dim2=2).amin(1) > 0
+    return [
+        (Factor(inner.flip(0, 1).contiguous()), Damping(damp, 0.0, 0, count, "cholesky"))
+        if usable
+        else None
+        for inner, (usable, count) in zip(H, torch.stack([good, dead], 1).tolist(), strict=True)
+    ]
+
+
+def _damped_once(hessians: Sequence[Tensor] | Tensor, damp: float) -> tuple[Tensor, Tensor, Tensor]:
+    """What `_prepared` makes of hessians [k, n, n], damped, 0 for those that are not finite; which
+    are finite, bool [k]; dead columns of each, int64 [k].
+    """
+    H = (hessians if isinstance(hessians, Tensor) else torch.stack(list(hessians))).float()
+    finite = H.sum((1, 2)).isfinite()
+    H = (H + H.mT).mul_(0.5).masked_fill_(~finite[:, None, None], 0.0)
+    diagonal = H.diagonal(dim1=1, dim2=2)
+    dead = diagonal <= 0
+    live = (~dead).sum(1)
+    mean = diagonal.double().masked_fill(dead, 0.0).sum(1) / live
+    mean = mean.where(live > 0, 1.0)
+    H.masked_fill_(dead[:, :, None], 0.0).masked_fill_(dead[:, None, :], 0.0)
+    diagonal.add_((damp + dead.double()) * mean[:, None])
+    return H, finite, dead.sum(1)
 
 
 def _prepared(hessian: Tensor, order: Tensor | None) -> tuple[Tensor, float, int]:

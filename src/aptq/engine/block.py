@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import takewhile
 from typing import Any, Literal
 
 import torch
@@ -99,9 +100,7 @@ class Block:
         order="block" observes all groups of the block in one pass, order="group" (true-sequential)
         only this one and its like (all experts), so that it sees its predecessors compressed.
         """
-        wanted = self.groups
-        if self.order == "group":
-            wanted = self.groups[self.groups.index(group) : self._next(group)]
+        wanted = self.alike(group) if self.order == "group" else self.groups
         todo = [g for g in wanted if set(needs) - self._fresh.get(self.groups.index(g), set())]
         todo = [g for g in todo if self.open_layers(g)]
         if not needs or not todo or group not in todo:
@@ -243,7 +242,7 @@ class Block:
         if sum(layer.weight.nbytes for layer in self.open_layers(group)) >= TRIMMED:
             trim_heap()
         if self.order == "group" and changed:
-            self._forget(self._next(group))
+            self._forget(self.groups.index(group) + len(self.alike(group)))
 
     def enter(self, stream: Stream) -> None:
         """`stream` replaces the one at hand: what enters this block, or the first that is held."""
@@ -260,18 +259,16 @@ class Block:
         if changed:
             self._forget(changed[0] + 1)
 
-    def _next(self, group: ResolvedGroup) -> int:
-        """Number of the first group behind `group` that may read what it changes.
+    def alike(self, group: ResolvedGroup) -> list[ResolvedGroup]:
+        """The group and its like behind it, which do not read what it changes.
 
-        Neighbours of one kind and equal roles are experts, which do not read each other.
+        Neighbours of one kind and equal roles are experts.
         """
-        number = self.groups.index(group) + 1
-        while number < len(self.groups):
-            other = self.groups[number]
-            if other.kind != group.kind or other.layers.keys() != group.layers.keys():
-                break
-            number += 1
-        return number
+
+        def like(other: ResolvedGroup) -> bool:
+            return other.kind == group.kind and other.layers.keys() == group.layers.keys()
+
+        return list(takewhile(like, self.groups[self.groups.index(group) :]))
 
     def _forget(self, start: int) -> None:
         """Drop the statistics of the groups from number `start` on."""

@@ -5,7 +5,7 @@ A subclass is a frozen dataclass of options with one hook overridden.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -108,9 +108,15 @@ class Stage:
                 if not layers:
                     continue
                 block.collect(self.needs(), group)
+                self.ahead(map(block.open_layers, block.alike(group)))
                 block.layers |= {layer.name: layer for layer in self.on_group(layers)}
                 block.commit(group)
             block.close_stage()
+
+    def ahead(self, groups: Iterable[Sequence[Layer]]) -> None:
+        """Share work between groups: the one that is next for `on_group`, and those like it behind
+        (experts), whose statistics may be known already.
+        """
 
     def on_model(self, compressed: Compressed) -> None:
         """Work on all blocks when the stages before have finished them."""

@@ -8,6 +8,7 @@ every token after it, yet in a window of 2,048 it is one row of 2,048.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from aptq.core.gram import Stretches, add_gram, add_weighted, each_stretch, exact_products
-from aptq.core.linalg import Damping, Factor, damped_factor, dead_columns
+from aptq.core.linalg import Damping, Factor, damped_factor, damped_factors, dead_columns
 from aptq.engine.stat import MOST_DROPPED, Seen, Stat
 from aptq.failures import Unsound
 
@@ -224,9 +225,21 @@ class Hessian(Stat):
 
         The order must be a function of H alone, as those of `gptq` are.
         """
-        key = (damp, None if order is None else order.cpu().numpy().tobytes())
+        key = _key(damp, order)
         if key not in self.cache:
             self.cache[key] = damped_factor(self.matrix(), damp, order=order)
         held = self.cache[key]
         assert isinstance(held, tuple)
         return held  # type: ignore[return-value]
+
+
+def factor_all(hessians: Sequence[Hessian], damp: float, orders: Sequence[Tensor]) -> None:
+    """Make what `Hessian.factor` keeps for H of one size in their column orders [in], at once."""
+    made = damped_factors([hessian.matrix() for hessian in hessians], damp, orders)
+    known = torch.stack(list(orders)).cpu()
+    for hessian, order, pair in zip(hessians, known, made, strict=True):
+        hessian.cache[_key(damp, order)] = pair
+
+
+def _key(damp: float, order: Tensor | None) -> tuple[float, bytes | None]:
+    return damp, None if order is None else order.cpu().numpy().tobytes()

@@ -8,6 +8,7 @@ the columns, with rows of H weighted by gradients, and all rows alike.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +22,7 @@ from aptq.core.rounding import fit, shrinks
 from aptq.core.sweep import GridRule, sweep
 from aptq.engine.layer import Layer
 from aptq.engine.stage import methods
+from aptq.stats.ahead import factor_ahead
 from aptq.stats.correct import InInputs
 
 
@@ -57,6 +59,12 @@ class LQLoRA(InInputs):
     def adds(self) -> bool:
         """The codes depend on the factors."""
         return False
+
+    def ahead(self, groups: Iterable[Sequence[Layer]]) -> None:
+        """Factor the Hessians of experts together."""
+        if self.codes == "compensated":
+            bare = ([layer for layer in layers if not layer.coded] for layers in groups)
+            factor_ahead(bare, self.needs()[0], self.damp, "activation")
 
     def on_layer(self, layer: Layer) -> Layer:
         """Set both parts."""

@@ -7,7 +7,7 @@ and v, as the attention's output sees it: APTQ (arXiv:2402.14866).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -26,6 +26,7 @@ from aptq.core.sweep import GridRule, sweep
 from aptq.engine.layer import Layer
 from aptq.engine.stage import Stage, methods
 from aptq.engine.stream import stack_bytes
+from aptq.stats.ahead import factor_ahead
 from aptq.stats.attention import AttentionHessian
 from aptq.stats.hessian import Hessian
 
@@ -135,6 +136,10 @@ class GPTQ(Stage):
         """tr(E H E^T), the mean squared change of the layer's output per weighted token."""
         error = layer.residual()
         return float(((error @ self.seen(layer).matrix()) * error).sum())
+
+    def ahead(self, groups: Iterable[Sequence[Layer]]) -> None:
+        """Factor the Hessians of experts together."""
+        factor_ahead(groups, self.needs()[0], self.damp, self.columns)
 
     def on_layer(self, layer: Layer) -> Layer:
         """Add the part that best stands for what is left of the weight."""

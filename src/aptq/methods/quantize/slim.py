@@ -8,7 +8,7 @@ fitted to each group as it is reached.  The paper compares softmaxes of raw outp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,6 +22,7 @@ from aptq.core.rounding import Scales, encode, fit, level_of, snap
 from aptq.core.sweep import sweep
 from aptq.engine.layer import Layer
 from aptq.engine.stage import Stage, methods
+from aptq.stats.ahead import factor_ahead
 from aptq.stats.hessian import Hessian
 
 
@@ -63,6 +64,10 @@ class SliM(Stage):
         assert isinstance(hessian, Hessian)
         error = layer.residual()
         return float(((error @ hessian.matrix()) * error).sum())
+
+    def ahead(self, groups: Iterable[Sequence[Layer]]) -> None:
+        """Factor the Hessians of experts together."""
+        factor_ahead(groups, self.needs()[0], self.damp, "natural")
 
     def on_layer(self, layer: Layer) -> Layer:
         """Add the codes."""

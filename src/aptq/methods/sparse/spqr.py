@@ -7,6 +7,7 @@ keeps all above a threshold and has small groups with rounded scales; here the t
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +18,7 @@ from aptq.core.order import visiting_order
 from aptq.core.rounding import fit, shrinks, snap
 from aptq.engine.layer import Layer
 from aptq.engine.stage import methods
+from aptq.stats.ahead import factor_ahead
 from aptq.stats.hessian import Hessian
 from aptq.stats.marked import Marked
 
@@ -43,6 +45,11 @@ class SpQR(Marked):
     def needs(self) -> tuple[Hessian, ...]:
         """The second moment of the inputs: the same as plain `gptq` asks for."""
         return (Hessian(first=self.first, rows=self.rows),)
+
+    def ahead(self, groups: Iterable[Sequence[Layer]]) -> None:
+        """Factor the Hessians of experts together."""
+        marked = ([x for x in layers if x.target.part("sparse")] for layers in groups)
+        factor_ahead(marked, self.needs()[0], self.damp, "activation")
 
     def score(self, layer: Layer) -> Tensor | None:
         """(w - q)^2 / [H^-1]_jj."""
