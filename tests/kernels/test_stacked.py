@@ -245,6 +245,7 @@ def test_stacked_products_on_a_gpu(text: str, batch: int) -> None:
     pytest.importorskip("triton")
     layers = Layers(text).cuda()
     layers.biases = [None if bias is None else bias.cuda() for bias in layers.biases]
+    layers.stack.biases = [*layers.biases]
     x = inputs(batch, 1).cuda()
     for index in (0, 1, 2, 1):
         torch.testing.assert_close(

@@ -338,16 +338,16 @@ from triton.compiler import ASTSource
 from aptq.kernels.triton import code
 for text in sys.argv[1:]:
     bits, zero, batch, warps, rank = map(int, text.split(","))
-    names = ("x", "codes", "counts", "scale", "zero", "bias", "parts", "inner")
+    names = ("x", "codes", "counts", "scale", "zero", "bias", "parts")
     types = ("bf16", "i16", "i32", "fp16", ("fp16", "u8", "fp16")[zero])
     names = (*names, "left", "right", "sums", "y", "flags")
-    types = (*types, "bf16", "fp32", "bf16", "bf16", "bf16", "fp32", "bf16", "i32")
+    types = (*types, "bf16", "fp32", "bf16", "bf16", "fp32", "bf16", "i32")
     kinds = {name: f"*{type}" for name, type in zip(names, types, strict=True)}
     sizes = ("heads", "second", "third", "runs", "rows", "out", "columns", "padded", "per")
     fixed = dict(BITS=bits, CHUNK=32, GROUP=128, ZERO=zero,
                  BIAS=True, RANK=rank, ALL=rank, EVEN=zero == 0, BN=64, BB=batch, SPLIT=True,
                  BK=128, RUNS=8, ASM=True, WARPS=warps)
-    whole = {(i,): [["tt.divisibility", 16]] for i in (*range(13), 18, 19, 20)}
+    whole = {(i,): [["tt.divisibility", 16]] for i in (*range(12), 17, 18, 19)}
     kinds |= dict.fromkeys(sizes, "i32") | dict.fromkeys(fixed, "constexpr")
     source = ASTSource(code.multiply, kinds,
         {(len(names) + len(sizes) + i,): value for i, value in enumerate(fixed.values())}, whole)

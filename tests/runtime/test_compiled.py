@@ -86,6 +86,7 @@ def test_reasons(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
 @pytest.mark.parametrize("grids", [COUPLED, MIXED])
 def test_compiled_steps_on_a_gpu(grids: dict[str, str]) -> None:
     pytest.importorskip("triton")

@@ -156,16 +156,15 @@ def _joined(acc, counter, sums, at, size, held):
 
 @triton.jit
 def _narrow(
-    x, right, parts, inner, flag, heads, rows, columns, RANK: tl.constexpr, BB: tl.constexpr,
-    BK: tl.constexpr, RUNS: tl.constexpr, ASM: tl.constexpr,
+    x, right, parts, flag, rows, columns, ALL: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr,
+    RUNS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """inner [rows, RANK] = x [rows, columns] @ right [RANK, columns].T, rounded once.
+    """A share of x [rows, columns] @ right [ALL, columns].T: of RUNS * BK columns, into `parts`.
 
-    Each of `heads` programs takes RUNS * BK columns and leaves sums in `parts` [heads, rows, RANK];
-    the last adds them up and leaves -1 at `flag`.
+    parts: [programs, rows, ALL]; counted at `flag`.
     """
-    b, r = tl.program_id(2) * BB + tl.arange(0, BB), tl.arange(0, RANK)
-    here, acc = (b < rows)[None, :], tl.zeros([RANK, BB], tl.float32)
+    b, r = tl.program_id(2) * BB + tl.arange(0, BB), tl.arange(0, ALL)
+    here, acc = (b < rows)[None, :], tl.zeros([ALL, BB], tl.float32)
     for run in range(RUNS):
         k = (tl.program_id(0) * RUNS + run) * BK + tl.arange(0, BK)
         known = k < columns
@@ -175,42 +174,36 @@ def _narrow(
         if not ASM:
             ws, xs = ws.to(tl.float32), xs.to(tl.float32)
         acc = tl.dot(ws, xs, acc)
-    at = b[None, :] * RANK + r[:, None]
-    tl.store(parts + tl.program_id(0) * rows * RANK + at, acc, mask=here)
+    at = parts + tl.program_id(0) * rows * ALL + b[None, :] * ALL + r[:, None]
+    tl.store(at, acc, mask=here)
     tl.debug_barrier()  # all of it, before it counts
-    if tl.atomic_add(flag, 1, sem="acq_rel") == heads - 1:
-        acc = tl.zeros_like(acc)
-        for start in range(0, heads, 8):
-            for i in tl.static_range(8):  # loads of all eight before the first is waited for
-                part_at = parts + (start + i) * rows * RANK + at
-                held = here & (start + i < heads)
-                acc += tl.load(part_at, mask=held, other=0.0, cache_modifier=".cg")
-        tl.store(inner + at, acc.to(inner.dtype.element_ty), mask=here)
-        tl.debug_barrier()
-        tl.atomic_add(flag, -heads - 1, sem="acq_rel")
+    tl.atomic_add(flag, 1, sem="acq_rel")
 
 
 @triton.jit
 def _awaited(
-    inner, flag, heads, b, known, RANK: tl.constexpr, ALL: tl.constexpr, ASM: tl.constexpr
+    parts, flag, heads, rows, b, known, RANK: tl.constexpr, ALL: tl.constexpr, BB: tl.constexpr
 ):
-    """What `_narrow` made for this tile, [RANK, BB] from rows of ALL numbers."""
+    """The sum of what `_narrow` left in `parts`, [RANK, BB] float32."""
     # those programs are the first of the grid: all run or have run, and wait for nothing
-    ready = tl.atomic_add(flag, 0, sem="acq_rel")
-    while ready >= 0:
-        ready = tl.atomic_add(flag, 0, sem="acq_rel")
-    at = (b * ALL)[None, :] + tl.arange(0, RANK)[:, None]
-    ts = tl.load(inner + at, mask=known, other=0.0, cache_modifier=".cg")
+    while tl.load(flag, volatile=True) < heads:
+        pass
+    tl.atomic_add(flag, 0, sem="acq_rel")  # what they wrote is seen from here on
     tl.debug_barrier()
-    if tl.atomic_add(flag + 1, 1, sem="acq_rel") == tl.num_programs(0) - heads - 1:
-        tl.store(flag, 0)
-        tl.store(flag + 1, 0)
-    return ts if ASM else ts.to(tl.float32)
+    AT_ONCE: tl.constexpr = 8 if BB <= FEW else 2
+    at = (b * ALL)[None, :] + tl.arange(0, RANK)[:, None]
+    acc = tl.zeros([RANK, BB], tl.float32)
+    for start in range(0, heads, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):  # all on their way before the first is waited for
+            held = known & (start + i < heads)
+            part_at = parts + (start + i) * rows * ALL + at
+            acc += tl.load(part_at, mask=held, other=0.0, cache_modifier=".cg")
+    return acc
 
 
 @triton.jit
 def _tile(
-    x, codes, counts, scale, zero, bias, inner, left, sums, y, flag, heads, second, third, runs,
+    x, codes, counts, scale, zero, bias, parts, left, sums, y, flag, heads, second, third, runs,
     rows, out, columns, padded, per, BITS: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
     ZERO: tl.constexpr, BIAS: tl.constexpr, RANK: tl.constexpr, ALL: tl.constexpr,
     EVEN: tl.constexpr, BN: tl.constexpr, BB: tl.constexpr, SPLIT: tl.constexpr,
@@ -248,8 +241,8 @@ def _tile(
     if RANK:  # noqa: SIM102 (the first is for the compiler, the second for programs)
         if here:  # before the first split joins the others
             own = (tile * BN >= second).to(tl.int32) + (tile * BN >= third).to(tl.int32)
-            ts = _awaited(inner + own * RANK, flag, heads, b, known, RANK, ALL, ASM)
-            acc = tl.dot(ls if ASM else ls.to(tl.float32), ts, acc)
+            ts = _awaited(parts + own * RANK, flag, heads, rows, b, known, RANK, ALL, BB).to(D)
+            acc = tl.dot(ls if ASM else ls.to(tl.float32), ts if ASM else ts.to(tl.float32), acc)
     at, held, last = b[None, :] * out + n[:, None], known & whole[:, None], True
     if SPLIT:
         counter = counts + tl.program_id(2) * (tl.num_programs(0) - heads) + tile
@@ -258,11 +251,17 @@ def _tile(
         if BIAS:
             acc += tl.load(bias + n, mask=whole, other=0.0).to(tl.float32)[:, None]
         tl.store(y + at, acc.to(y.dtype.element_ty), mask=held)
+    if RANK:  # noqa: SIM102
+        if here:
+            tl.debug_barrier()  # all have read
+            if tl.atomic_add(flag + 1, 1, sem="acq_rel") == tl.num_programs(0) - heads - 1:
+                tl.store(flag, 0)
+                tl.store(flag + 1, 0)
 
 
 @triton.jit(do_not_specialize=["heads", "second", "third", "runs", "rows", "per"])
 def multiply(
-    x, codes, counts, scale, zero, bias, parts, inner, left, right, sums, y, flags, heads, second,
+    x, codes, counts, scale, zero, bias, parts, left, right, sums, y, flags, heads, second,
     third, runs, rows, out, columns, padded, per, BITS: tl.constexpr, CHUNK: tl.constexpr,
     GROUP: tl.constexpr, ZERO: tl.constexpr, BIAS: tl.constexpr, RANK: tl.constexpr,
     ALL: tl.constexpr, EVEN: tl.constexpr, BN: tl.constexpr, BB: tl.constexpr, SPLIT: tl.constexpr,
@@ -273,25 +272,25 @@ def multiply(
     codes hold `runs` times CHUNK units a row; ZERO 0 none, 1 whole, 2 real; GROUP 0: a whole row;
     EVEN: all blocks are full.  SPLIT: programs take `per` blocks each, leave their sums in `sums`
     [splits, rows, out], and the last of a tile, known by `counts` (zeros before and after), adds
-    them up.  Unless RANK is 0 the first `heads` programs make inner [rows, ALL] = x @ right.T,
-    for which the others wait before they end: `flags` [batch tiles, 2], zeros before and after,
-    count who has written and read.  left is [RANK, out]: output rows from `second` and from `third`
-    on have the second and third RANK of inner.
+    them up.  Unless RANK is 0 the first `heads` programs share the product inner [rows, ALL] =
+    x @ right.T, for which the others wait: `flags` [batch tiles, 2], zeros before and after, count
+    who has written and read.  left is [RANK, out]: output rows from `second` and from `third` on
+    have the second and third RANK of inner, which is rounded once.
     """
     flag = flags + 2 * tl.program_id(2)
     if RANK:
         if tl.program_id(0) < heads:
             if tl.program_id(1) == 0:
-                _narrow(x, right, parts, inner, flag, heads, rows, columns, ALL, BB, BK, RUNS, ASM)
+                _narrow(x, right, parts, flag, rows, columns, ALL, BB, BK, RUNS, ASM)
         else:
             _tile(
-                x, codes, counts, scale, zero, bias, inner, left, sums, y, flag, heads, second,
+                x, codes, counts, scale, zero, bias, parts, left, sums, y, flag, heads, second,
                 third, runs, rows, out, columns, padded, per, BITS, CHUNK, GROUP, ZERO, BIAS, RANK,
                 ALL, EVEN, BN, BB, SPLIT, ASM, WARPS,
             )  # fmt: skip
     else:
         _tile(
-            x, codes, counts, scale, zero, bias, inner, left, sums, y, flag, 0, second, third,
+            x, codes, counts, scale, zero, bias, parts, left, sums, y, flag, 0, second, third,
             runs, rows, out, columns, padded, per, BITS, CHUNK, GROUP, ZERO, BIAS, RANK, ALL, EVEN,
             BN, BB, SPLIT, ASM, WARPS,
         )  # fmt: skip

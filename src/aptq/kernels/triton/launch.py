@@ -14,7 +14,7 @@ from aptq.kernels.triton.layout import TILES, Layout
 from aptq.kernels.triton.tuning import Setting, chosen
 
 INTERPRETED = triton.knobs.runtime.interpret  # on the CPU, for tests: PTX cannot be interpreted
-NARROW, RUNS = 128, 2  # columns of a step, and steps, of programs that multiply with factors
+NARROW, RUNS = 128, 4  # columns of a step, and steps, of programs that multiply with factors
 NEVER = 1 << 30  # an output row that does not come
 EXPANDED = 64  # rows of the weight that a program decodes at once
 
@@ -80,18 +80,17 @@ def run(
     splits = triton.cdiv(blocks, per)
     sums = y if splits == 1 else x.new_empty(splits, rows, out, dtype=torch.float32)
     offset, last = scale if zero is None else zero, x if bias is None else bias
-    parts, inner, left, right, rank, ranks, heads, edges = x, x, x, x, 0, 0, 0, [NEVER, NEVER]
+    parts, left, right, rank, ranks, heads, edges = x, x, x, 0, 0, 0, [NEVER, NEVER]
     if added is not None:
         left, right, (*edges,) = added
         edges, rank, ranks = [*edges, NEVER, NEVER], len(left), len(right)
         heads = triton.cdiv(layout.columns, NARROW * RUNS)
-        inner = x.new_empty(rows, ranks)
         parts = x.new_empty(heads, rows, ranks, dtype=torch.float32)
     tiles, batches = triton.cdiv(out, setting.rows), triton.cdiv(rows, setting.batch)
     assert batches <= TILES or (splits == 1 and not rank), (rows, setting)
     with torch.cuda.device_of(x):
         code.multiply[heads + tiles, splits, batches](
-            x, codes, counts, scale, offset, last, parts, inner, left, right, sums, y,
+            x, codes, counts, scale, offset, last, parts, left, right, sums, y,
             counts[layout.tiles :], heads, *edges[:2], layout.runs, rows, out, layout.columns,
             layout.padded, per, layout.bits, layout.chunk, layout.group, layout.zero,
             bias is not None, rank, ranks, layout.columns % layout.block == 0, setting.rows,

@@ -68,15 +68,18 @@ def default(layout: Layout, rows: int, processors: int) -> Setting:
     batch, whole, few = batch_of(rows), layout.units == 1, batch_of(rows) <= 16
     # many rows of the weight: wider tiles read x less often; 3 bits and such need it sooner
     large = layout.out >= (96 if few else 128 if whole else 40) * processors
-    large = large or (not few and layout.columns > 8192)
-    size = 128 if large and not few else 32 if few and whole and not large else 64
-    tiles, splits = -(-layout.out // size), 1
-    quarters = 5 + whole if not few else 5 + 4 * whole if large else 9 + 3 * whole
-    wanted = processors * quarters // 4
+    long = layout.columns > 8192 and not (few and large)
+    if few:
+        size, warps = (64, 2) if large else (32, 1) if long else (32 if whole else 64, 2)
+        quarters = 5 + 4 * whole if large else 9 + (7 if long else 3) * whole
+    else:
+        size, quarters = 128 if large or long else 64, 5 + whole
+        warps = 8 if size * batch > 4096 else 4
+    tiles, splits, wanted = -(-layout.out // size), 1, processors * quarters // 4
     while tiles * splits < wanted and splits < 8 and 2 * splits * layout.block <= layout.columns:
         splits *= 2
-    warps = 2 if few else 8 if size * batch > 4096 else 4
-    setting = Setting(size, batch, warps, 3 if whole or (few and large) else 2, splits)
+    stages = 3 if whole or (few and (large or long)) else 2
+    setting = Setting(size, batch, warps, stages, splits)
     # as many programs as a processor gets should run there at once
     most = MEMORY // -(-tiles * splits // processors)
     while setting.stages > 2 and (setting.held(layout) > most or not setting.fits(layout)):
