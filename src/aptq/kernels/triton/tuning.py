@@ -73,7 +73,9 @@ def default(layout: Layout, rows: int, processors: int) -> Setting:
         size, warps = (64, 2) if large else (32, 1) if long else (32 if whole else 64, 2)
         quarters = 5 + 4 * whole if large else 9 + (7 if long else 3) * whole
     else:
-        size, quarters = 128 if large or long else 64, 5 + whole
+        # 8 bits are two products: where tiles of 128 fill the processors, fewer but larger ones
+        fills = layout.bits == 8 and 24 * processors < layout.out <= 32 * processors
+        size, quarters = 128 if large or long or fills else 64, 5 + whole
         warps = 8 if size * batch > 4096 else 4
     tiles, splits, wanted = -(-layout.out // size), 1, processors * quarters // 4
     while tiles * splits < wanted and splits < 8 and 2 * splits * layout.block <= layout.columns:
