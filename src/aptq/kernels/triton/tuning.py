@@ -75,7 +75,8 @@ def default(layout: Layout, rows: int, processors: int) -> Setting:
     else:
         # 8 bits are two products: where tiles of 128 fill the processors, fewer but larger ones
         fills = layout.bits == 8 and 24 * processors < layout.out <= 32 * processors
-        size, quarters = 128 if large or long or fills else 64, 5 + whole
+        narrow = batch <= 32 or not whole  # of 64 rows of x whole units want small tiles
+        size, quarters = 128 if large or (narrow and (long or fills)) else 64, 5 + whole
         warps = 8 if size * batch > 4096 else 4
     tiles, splits, wanted = -(-layout.out // size), 1, processors * quarters // 4
     while tiles * splits < wanted and splits < 8 and 2 * splits * layout.block <= layout.columns:
@@ -83,7 +84,7 @@ def default(layout: Layout, rows: int, processors: int) -> Setting:
     stages = 3 if whole or (few and (large or long)) else 2
     setting = Setting(size, batch, warps, stages, splits)
     # as many programs as a processor gets should run there at once
-    most = MEMORY // -(-tiles * splits // processors)
+    most = MEMORY // -(-tiles * splits // processors) if batch <= 32 or not whole else SHARED
     while setting.stages > 2 and (setting.held(layout) > most or not setting.fits(layout)):
         setting = setting._replace(stages=setting.stages - 1)
     return setting
