@@ -103,11 +103,14 @@ class Int4(Kernel):
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x bfloat16 [rows, in] -> [rows, out]."""
         _check(x)
-        group = self.shape[1] // self.affine.shape[0]
         if x.shape[0] >= INT4_ROWS or (x.requires_grad and torch.is_grad_enabled()):
             y = self._multiply(x)
-        else:
-            y = torch._weight_int4pack_mm_for_cpu(x, self.packed, group, self.affine)
+        else:  # names that modules look up last take microseconds
+            packed, affine = self._buffers["packed"], self._buffers["affine"]
+            assert packed is not None
+            assert affine is not None
+            group = self.shape[1] // affine.shape[0]
+            y = torch._weight_int4pack_mm_for_cpu(x, packed, group, affine)
         return y if bias is None else y + bias
 
     def _multiply(self, x: Tensor) -> Tensor:
@@ -204,7 +207,7 @@ class Int8(Kernel):
 
 
 def _check(x: Tensor) -> None:
-    if x.dtype != torch.bfloat16 or x.device.type != "cpu":
+    if x.dtype != torch.bfloat16 or not x.is_cpu:
         raise ValueError(
             f"a packed layer was prepared for another dtype or device\n"
             f"activations are {x.dtype} on {x.device}, weights for torch.bfloat16 on cpu\n"
