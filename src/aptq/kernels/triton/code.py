@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from aptq.kernels.triton.fields import codes_of, common, numbers, offset, units_of
+from aptq.kernels.triton.narrow import narrow, read, widened
 
 FEW = tl.constexpr(16)  # rows of x from which constants are taken off every weight, not off sums
 
@@ -155,49 +156,26 @@ def _joined(acc, counter, sums, at, size, held):
 
 
 @triton.jit
-def _narrow(
-    x, right, parts, flag, rows, columns, ALL: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr,
-    RUNS: tl.constexpr, ASM: tl.constexpr,
+def _summed(
+    acc, x_at, codes_at, scale_at, zero_at, first, last, runs, known, columns, padded,
+    BITS: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
+    EVEN: tl.constexpr, D: tl.constexpr, ASM: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    """A share of x [rows, columns] @ right [ALL, columns].T: of RUNS * BK columns, into `parts`.
-
-    parts: [programs, rows, ALL]; counted at `flag`.
-    """
-    b, r = tl.program_id(2) * BB + tl.arange(0, BB), tl.arange(0, ALL)
-    here, acc = (b < rows)[None, :], tl.zeros([ALL, BB], tl.float32)
-    for run in range(RUNS):
-        k = (tl.program_id(0) * RUNS + run) * BK + tl.arange(0, BK)
-        known = k < columns
-        ws = tl.load(right + r[:, None] * columns + k[None, :], mask=known[None, :], other=0.0)
-        x_at = x + b[None, :] * columns + k[:, None]
-        xs = tl.load(x_at, mask=here & known[:, None], other=0.0)
-        if not ASM:
-            ws, xs = ws.to(tl.float32), xs.to(tl.float32)
-        acc = tl.dot(ws, xs, acc)
-    at = parts + tl.program_id(0) * rows * ALL + b[None, :] * ALL + r[:, None]
-    tl.store(at, acc, mask=here)
-    tl.debug_barrier()  # all of it, before it counts
-    tl.atomic_add(flag, 1, sem="acq_rel")
-
-
-@triton.jit
-def _awaited(
-    parts, flag, heads, rows, b, known, RANK: tl.constexpr, ALL: tl.constexpr, BB: tl.constexpr
-):
-    """The sum of what `_narrow` left in `parts`, [RANK, BB] float32."""
-    # those programs are the first of the grid: all run or have run, and wait for nothing
-    while tl.load(flag, volatile=True) < heads:
-        pass
-    tl.atomic_add(flag, 0, sem="acq_rel")  # what they wrote is seen from here on
-    tl.debug_barrier()
-    AT_ONCE: tl.constexpr = 8 if BB <= FEW else 2
-    at = (b * ALL)[None, :] + tl.arange(0, RANK)[:, None]
-    acc = tl.zeros([RANK, BB], tl.float32)
-    for start in range(0, heads, AT_ONCE):
-        for i in tl.static_range(AT_ONCE):  # all on their way before the first is waited for
-            held = known & (start + i < heads)
-            part_at = parts + (start + i) * rows * ALL + at
-            acc += tl.load(part_at, mask=held, other=0.0, cache_modifier=".cg")
+    """acc [BN, BB], zeros, and the products of blocks first..last-1, scaled."""
+    BLOCK: tl.constexpr = codes_of(BITS) * CHUNK
+    # above 16 rows of x a second product costs more than one operation for every two weights
+    SUMS: tl.constexpr = acc.shape[1] <= FEW or ZERO == 2
+    factors = _factors(first, scale_at, zero_at, columns, padded, GROUP, BLOCK, WARPS)
+    for block in range(first, last):
+        # read a block ahead: whoever waits for a scale waits for memory
+        later = _factors(block + 1, scale_at, zero_at, columns, padded, GROUP, BLOCK, WARPS)
+        acc = _block(
+            acc, factors, block, x_at, codes_at, runs, known, columns, BITS, CHUNK, GROUP, ZERO,
+            SUMS, EVEN, D, ASM,
+        )  # fmt: skip
+        factors = later
+    if GROUP == 0:
+        acc *= factors[0][0].to(tl.float32)[:, None]
     return acc
 
 
@@ -211,52 +189,40 @@ def _tile(
 ):  # fmt: skip
     """What `multiply` does in the programs behind the first `heads`."""
     D: tl.constexpr = x.dtype.element_ty
-    BLOCK: tl.constexpr = codes_of(BITS) * CHUNK
-    # above 16 rows of x a second product costs more than one operation for every two weights
-    SUMS: tl.constexpr = BB <= FEW or ZERO == 2
     tile, first = tl.program_id(0) - heads, tl.program_id(1) * per
     n, b = tile * BN + tl.arange(0, BN), tl.program_id(2) * BB + tl.arange(0, BB)
-    known, row, blocks = (b < rows)[None, :], tl.minimum(n, padded - 1), tl.cdiv(columns, BLOCK)
-    codes_at = codes + (row // 16 * (runs * 16 * CHUNK) + row % 16 * CHUNK)[:, None]
-    codes_at += tl.arange(0, CHUNK)[None, :]
+    known, row = (b < rows)[None, :], tl.minimum(n, padded - 1)
+    place = (row // 16 * (runs * 16 * CHUNK) + row % 16 * CHUNK)[:, None]
+    codes_at = codes + place + tl.arange(0, CHUNK)[None, :]
     x_at = x + (b * columns)[None, :] + tl.arange(0, CHUNK)[:, None]
-    acc, whole, here = tl.zeros([BN, BB], tl.float32), n < out, tl.program_id(1) == 0
+    whole, here = n < out, tl.program_id(1) == 0
     if RANK:
         # read first, for at the end nothing else would be left to do while it comes
         left_at = left + tl.arange(0, RANK)[None, :] * out + n[:, None]
         ls = tl.load(left_at, mask=(whole & here)[:, None], other=0.0)
     turned = tl.minimum(tile * BN + _turn(BN, WARPS), padded - 1)
-    scale_at, zero_at = scale + turned, zero + turned
-    factors = _factors(first, scale_at, zero_at, columns, padded, GROUP, BLOCK, WARPS)
-    for block in range(first, tl.minimum(first + per, blocks)):
-        # read a block ahead: whoever waits for a scale waits for memory
-        later = _factors(block + 1, scale_at, zero_at, columns, padded, GROUP, BLOCK, WARPS)
-        acc = _block(
-            acc, factors, block, x_at, codes_at, runs, known, columns, BITS, CHUNK, GROUP, ZERO,
-            SUMS, EVEN, D, ASM,
-        )  # fmt: skip
-        factors = later
-    if GROUP == 0:
-        acc *= factors[0][0].to(tl.float32)[:, None]
+    last = tl.minimum(first + per, tl.cdiv(columns, codes_of(BITS) * CHUNK))
+    acc = _summed(
+        tl.zeros([BN, BB], tl.float32), x_at, codes_at, scale + turned, zero + turned, first, last,
+        runs, known, columns, padded, BITS, CHUNK, GROUP, ZERO, EVEN, D, ASM, WARPS,
+    )  # fmt: skip
     if RANK:  # noqa: SIM102 (the first is for the compiler, the second for programs)
         if here:  # before the first split joins the others
             own = (tile * BN >= second).to(tl.int32) + (tile * BN >= third).to(tl.int32)
-            ts = _awaited(parts + own * RANK, flag, heads, rows, b, known, RANK, ALL, BB).to(D)
-            acc = tl.dot(ls if ASM else ls.to(tl.float32), ts if ASM else ts.to(tl.float32), acc)
-    at, held, last = b[None, :] * out + n[:, None], known & whole[:, None], True
+            acc = widened(
+                acc, ls, parts + own * RANK, flag, heads, rows, b, known, RANK, ALL, BB, D, ASM
+            )
+    at, held, ends = b[None, :] * out + n[:, None], known & whole[:, None], True
     if SPLIT:
         counter = counts + tl.program_id(2) * (tl.num_programs(0) - heads) + tile
-        last, acc = _joined(acc, counter, sums, at, rows * out, held)
-    if last:
+        ends, acc = _joined(acc, counter, sums, at, rows * out, held)
+    if ends:
         if BIAS:
             acc += tl.load(bias + n, mask=whole, other=0.0).to(tl.float32)[:, None]
         tl.store(y + at, acc.to(y.dtype.element_ty), mask=held)
     if RANK:  # noqa: SIM102
         if here:
-            tl.debug_barrier()  # all have read
-            if tl.atomic_add(flag + 1, 1, sem="acq_rel") == tl.num_programs(0) - heads - 1:
-                tl.store(flag, 0)
-                tl.store(flag + 1, 0)
+            read(flag, heads)
 
 
 @triton.jit(do_not_specialize=["heads", "second", "third", "runs", "rows", "per"])
@@ -281,7 +247,7 @@ def multiply(
     if RANK:
         if tl.program_id(0) < heads:
             if tl.program_id(1) == 0:
-                _narrow(x, right, parts, flag, rows, columns, ALL, BB, BK, RUNS, ASM)
+                narrow(x, right, parts, flag, rows, columns, ALL, BB, BK, RUNS, ASM)
         else:
             _tile(
                 x, codes, counts, scale, zero, bias, parts, left, sums, y, flag, heads, second,
