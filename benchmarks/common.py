@@ -93,6 +93,14 @@ def peak_bytes(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def tell_stale(stale: list[str], check: bool) -> None:
+    """Print what was out of date: with `check` it still is, and the exit status says so."""
+    if stale:
+        print(("out of date: " if check else "rewritten: ") + ", ".join(stale))
+    if stale and check:
+        raise SystemExit(1)
+
+
 def now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 

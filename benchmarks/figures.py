@@ -215,10 +215,7 @@ def main() -> None:
             if not options.check:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(new)
-    if stale:
-        print(("out of date: " if options.check else "rewritten: ") + ", ".join(stale))
-    if stale and options.check:
-        raise SystemExit(1)
+    common.tell_stale(stale, options.check)
 
 
 if __name__ == "__main__":

@@ -256,10 +256,7 @@ def main() -> None:
             stale.append(str(file))
             if not options.check:
                 file.write_text(new, encoding="utf-8")
-    if stale:
-        print(("out of date: " if options.check else "rewritten: ") + ", ".join(stale))
-    if stale and options.check:
-        raise SystemExit(1)
+    common.tell_stale(stale, options.check)
 
 
 if __name__ == "__main__":

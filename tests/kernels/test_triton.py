@@ -24,7 +24,7 @@ from aptq.kernels.dispatch import prepare
 from aptq.kernels.reference import Reference, Tiled
 from aptq.kernels.triton import tuning
 from aptq.kernels.triton.layer import GROWTH, ROWS, Fused, held
-from aptq.kernels.triton.layout import BITS, Layout, layout_of, repack
+from aptq.kernels.triton.layout import BITS, Layout, block_codes, layout_of, repack, units_of
 from aptq.kernels.triton.tuning import Setting
 from tests.kernels.samples import randn, sample
 
@@ -286,7 +286,7 @@ def executed(asm: str, operands: list[int], dtype: torch.dtype) -> float:
 
 def block_of(bits: int, numbers: list[int]) -> list[int]:
     """A block's units, put together bit by bit as layout.py says."""
-    width, fields = layout_of(sample(f"int{bits}-g32", 16, 32).grid, (16, 32)).units, 16 // bits  # type: ignore[attr-defined]
+    width, fields = units_of(bits), 16 // bits
     direct = numbers[: width * fields]
     units = [
         sum(code << place * bits for place, code in enumerate(direct[u * fields :][:fields]))
@@ -313,7 +313,8 @@ def test_the_ptx_decodes_every_field(bits: int, spread: bool, bf16: bool) -> Non
     dtype = torch.bfloat16 if bf16 else torch.float16
     asm, offset, negative, sources = map(python, ("asm", "offset", "negative", "sources"))
     assert number(negative(131, bf16), dtype) == -131
-    count = python("codes_of")(bits)
+    count = block_codes(bits)
+    assert [python(name)(bits) for name in ("units_of", "block_codes")] == [units_of(bits), count]
     for seed in range(4):
         every = [hash((seed, i)) % (1 << bits) if seed else (1 << bits) - 1 for i in range(count)]
         units = block_of(bits, every)

@@ -17,7 +17,7 @@ from aptq.runtime.linear import PackedLinear
 from aptq.runtime.stack import stack, watched
 from tests.kernels.plain import calls
 from tests.kernels.samples import make
-from tests.runtime.fused import COUPLED, MIXED, fused_model, pack
+from tests.runtime.fused import COUPLED, MIXED, fused_model, pack, same_steps
 from tests.runtime.test_graph import tokens
 from tests.tiny import tiny_tokens
 
@@ -192,15 +192,7 @@ def test_stacked_steps_on_a_gpu(grids: dict[str, str], batch: int, biased: bool)
     assert applies(model, batch, 24)
     alone = copy.deepcopy(model)
     apart, joined = Static(alone, batch, 40, apart=True), Static(model, batch, 40)
-    step = ids
-    for _ in range(24):
-        exact, found = apart(step).clone(), joined(step).clone()
-        # bfloat16 through two blocks of large weights: up to 0.2 of the logits' deviation
-        torch.testing.assert_close(found, exact, atol=0.4 * float(exact.std()), rtol=0.05)
-        best = exact.topk(2, -1).values.float()
-        clear = best[:, 0] - best[:, 1] > 0.8 * exact.float().std()
-        assert torch.equal(found.argmax(-1)[clear], exact.argmax(-1)[clear])
-        step = exact.argmax(-1, keepdim=True)
+    same_steps(apart, joined, ids)
     assert joined.graph is not None
     assert apart.graph is not None
     assert len(stacks(model)) == len(ALL if grids is COUPLED else FEW)

@@ -10,7 +10,7 @@ meet the scales there.
 import triton
 import triton.language as tl
 
-from aptq.kernels.triton.fields import codes_of, common, numbers, offset, units_of
+from aptq.kernels.triton.fields import block_codes, common, numbers, offset, units_of
 from aptq.kernels.triton.narrow import narrow, read, widened
 
 FEW = tl.constexpr(16)  # rows of x from which constants are taken off every weight, not off sums
@@ -113,7 +113,7 @@ def _block(
 ):  # fmt: skip
     """acc [BN, BB] + products of block `place` of all columns, scaled but where GROUP is 0."""
     UNITS: tl.constexpr = units_of(BITS)
-    CODES: tl.constexpr = codes_of(BITS)
+    CODES: tl.constexpr = block_codes(BITS)
     BLOCK: tl.constexpr = CODES * CHUNK
     SHARED: tl.constexpr = common(GROUP, BLOCK) if GROUP else BLOCK
     units = ()
@@ -162,7 +162,7 @@ def _summed(
     EVEN: tl.constexpr, D: tl.constexpr, ASM: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """acc [BN, BB], zeros, and the products of blocks first..last-1, scaled."""
-    BLOCK: tl.constexpr = codes_of(BITS) * CHUNK
+    BLOCK: tl.constexpr = block_codes(BITS) * CHUNK
     # above 16 rows of x a second product costs more than one operation for every two weights
     SUMS: tl.constexpr = acc.shape[1] <= FEW or ZERO == 2
     factors = _factors(first, scale_at, zero_at, columns, padded, GROUP, BLOCK, WARPS)
@@ -201,7 +201,7 @@ def _tile(
         left_at = left + tl.arange(0, RANK)[None, :] * out + n[:, None]
         ls = tl.load(left_at, mask=(whole & here)[:, None], other=0.0)
     turned = tl.minimum(tile * BN + _turn(BN, WARPS), padded - 1)
-    last = tl.minimum(first + per, tl.cdiv(columns, codes_of(BITS) * CHUNK))
+    last = tl.minimum(first + per, tl.cdiv(columns, block_codes(BITS) * CHUNK))
     acc = _summed(
         tl.zeros([BN, BB], tl.float32), x_at, codes_at, scale + turned, zero + turned, first, last,
         runs, known, columns, padded, BITS, CHUNK, GROUP, ZERO, EVEN, D, ASM, WARPS,

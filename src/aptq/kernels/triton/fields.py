@@ -14,13 +14,13 @@ WINDOW = 7  # bits of the mantissa that fields are brought to: all of bfloat16's
 
 @triton.constexpr_function
 def units_of(bits):
-    """Units that codes of so many bits fill: 16 * units / bits codes."""
-    return {2: 1, 4: 1, 8: 1}.get(bits, bits // 2 if bits == 6 else bits)
+    """As layout.units_of: what Triton compiles may not call plain functions."""
+    return bits // (bits & -bits)
 
 
 @triton.constexpr_function
-def codes_of(bits):
-    """Codes of a block, which lie a chunk apart."""
+def block_codes(bits):
+    """As layout.block_codes."""
     return 16 * units_of(bits) // bits
 
 
@@ -216,7 +216,9 @@ def expand(
     k = tl.program_id(0) * CHUNK
     n = start + tl.program_id(1) * BN + tl.arange(0, BN)
     row = tl.minimum(n, padded - 1)
-    values = _plain(codes, row, tl.program_id(0), runs, BITS, CHUNK, units_of(BITS), codes_of(BITS))
+    values = _plain(
+        codes, row, tl.program_id(0), runs, BITS, CHUNK, units_of(BITS), block_codes(BITS)
+    )
     group = k // GROUP * padded if GROUP else 0
     if ZERO:  # noqa: SIM108
         less = tl.load(zero + group + row).to(tl.float32)[:, None]

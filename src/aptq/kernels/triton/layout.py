@@ -33,6 +33,16 @@ SPARE = 1.02  # a longer chunk may cost so much memory
 REPACKED = 1 << 22  # weights repacked at once
 
 
+def units_of(bits: int) -> int:
+    """Units of a block: as few as codes of so many bits fill."""
+    return bits // gcd(bits, 16)
+
+
+def block_codes(bits: int) -> int:
+    """Codes of a block, which lie a chunk apart."""
+    return 16 * units_of(bits) // bits
+
+
 class Layout(NamedTuple):
     """What a kernel has to know about one stored weight."""
 
@@ -45,13 +55,13 @@ class Layout(NamedTuple):
 
     @property
     def units(self) -> int:
-        """Units of a block, one after another: as few as codes fill."""
-        return self.bits // gcd(self.bits, 16)
+        """Of a block, one after another."""
+        return units_of(self.bits)
 
     @property
     def block(self) -> int:
         """Columns of a block."""
-        return 16 * self.units // self.bits * self.chunk
+        return block_codes(self.bits) * self.chunk
 
     @property
     def runs(self) -> int:
